@@ -1,0 +1,211 @@
+"""One run's plumbing, shared by every script: command line, device, schedule, checkpoints, log, progress.
+
+Nothing here appears on a slide. What a lecture has a symbol for stands in the script that teaches it.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """Something the person at the keyboard can fix; `main` prints it in one line, without a traceback."""
+
+
+# ----------------------------------------------------------------------------- command line
+
+def parse_args(config_class: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
+    """Fill a config dataclass from `--field value` flags.
+
+    Order of precedence: flag, then `--preset NAME` (a dict of field values), then the dataclass default. A boolean
+    field takes `--field true|false`; a tuple field takes one value or several. An unknown flag is an error.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if presets:
+        parser.add_argument("--preset", choices=sorted(presets), help="start from these values instead of the defaults")
+    for field in fields(config_class):
+        parse = {bool: parse_bool, tuple: str}.get(type(field.default), type(field.default))
+        parser.add_argument(f"--{field.name}", type=parse, default=argparse.SUPPRESS, metavar=field.name.upper(),
+                            nargs="+" if isinstance(field.default, tuple) else None,
+                            help=f"default {field.default!r}")
+    flags = vars(parser.parse_args(argv))
+    values = dict((presets or {}).get(flags.pop("preset", None), {}))
+    values.update({name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()})
+    return config_class(**values)
+
+
+def parse_bool(text: str) -> bool:
+    """`true` or `false`, nothing else."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+    return text.lower() == "true"
+
+
+def check_range(config, **limits: tuple[float, float]) -> None:
+    """Raise InputError unless low <= config.field <= high for each `field=(low, high)`."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise InputError(f"--{name} {value}: must lie between {low} and {high}")
+
+
+def main(train, config_class: type, presets: dict[str, dict] | None = None) -> None:
+    """Run `train(config)` from the command line; what the person can fix is one line, not a traceback."""
+    try:
+        train(parse_args(config_class, presets=presets))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+# ----------------------------------------------------------------------------- device and numbers
+
+@dataclass(slots=True)
+class Machine:
+    """Where and in which precision a run computes."""
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self):
+        """Matrix products in `dtype`; everything that sums stays in fp32. Does nothing in fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def setup(config) -> Machine:
+    """Seed every generator, pick device and precision from `config.device`, `config.dtype`, and print the config.
+
+    dtype "auto" is bf16 where the hardware multiplies it (CUDA since Ampere, CPUs with AVX-512 BF16): a CPU without
+    those instructions emulates bf16 a hundred times slower than fp32.
+    """
+    torch.manual_seed(config.seed)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from error
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if config.dtype not in ("auto", *names):
+        raise InputError(f"--dtype {config.dtype}: expected auto, float32 or bfloat16")
+    has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
+        torch.cpu.get_capabilities().get("avx512_bf16", False) if hasattr(torch.cpu, "get_capabilities") else False)
+    dtype = names.get(config.dtype, torch.bfloat16 if has_bf16 else torch.float32)
+    print(" ".join(f"{name}={value}" for name, value in asdict(config).items()), file=sys.stderr)
+    return Machine(device, dtype)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, final: float = 0.1, shape: str = "cosine") -> float:
+    """Peak after `warmup` linear steps, then cosine or linear decay to `final` × peak at the last step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    decay = 0.5 * (1 + math.cos(math.pi * progress)) if shape == "cosine" else 1 - progress
+    return peak * (final + (1 - final) * decay)
+
+
+def adamw(model: torch.nn.Module, lr: float, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8) -> torch.optim.AdamW:
+    """AdamW that decays matrices and leaves biases and gains alone; fused where PyTorch has it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
+    """Clip the gradient to `max_norm`, step at `lr`, clear. Returns the norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+# ----------------------------------------------------------------------------- files
+
+def write_atomically(path: Path, write) -> None:
+    """Call `write(temporary_path)`, flush to disk, then rename: `path` is always whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(folder: str | Path, model: torch.nn.Module, kind: str, config, **extra) -> None:
+    """Write `model.pt` (a plain dict of fp32 tensors) and `config.json` (kind, model shape, run config) to a folder."""
+    folder = Path(folder)
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    description = {"kind": kind, "model": asdict(model.config), "run": asdict(config), **extra}
+    write_atomically(folder / "model.pt", lambda path: torch.save(state, path))
+    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
+
+
+def load_checkpoint(folder: str | Path, kind: str) -> tuple[dict, dict]:
+    """Return (state, description) of a checkpoint of `kind`; InputError if it is absent, broken or of another kind."""
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        found = description["kind"]
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no checkpoint here (config.json is missing); train that stage first, or pass "
+                         f"the folder that its --out named") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, NotADirectoryError) as error:
+        raise InputError(f"{folder}/config.json: not a checkpoint's description; pass a folder written by a "
+                         f"train_*.py script") from error
+    if found != kind:
+        raise InputError(f"{folder}: holds a {found} checkpoint, but a {kind} is needed here; pass the --out folder "
+                         f"of {'train_rm.py' if kind == 'reward model' else 'train_base.py or train_sft.py'}")
+    try:
+        return torch.load(folder / "model.pt", map_location="cpu", weights_only=True), description
+    except Exception as error:        # torch.load raises a dozen types; to the reader they are all one fault
+        raise InputError(f"{folder}/model.pt: cannot be read ({type(error).__name__}); train that stage again") from error
+
+
+def progress(total: int, title: str, unit: str) -> tqdm:
+    """A progress bar with the time left; every second on a terminal, twice a minute in a log file."""
+    return tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30)
+
+
+class Log:
+    """`metrics.jsonl` of one run and its progress bar: one row of numbers per `write`, the key ones beside the bar."""
+
+    def __init__(self, folder: str | Path, total: int, title: str):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.file = open(Path(folder) / "metrics.jsonl", "w")
+        self.bar = progress(total, title, "step")
+        self.start, self.tokens = time.time(), 0
+
+    def write(self, step: int, show: tuple[str, ...] = (), **numbers: float) -> None:
+        """Append a row and show the numbers named in `show` beside the progress bar."""
+        row = {"step": step, "seconds": round(time.time() - self.start, 2), **numbers}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if show:
+            self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in show}, refresh=False)
+
+    def close(self, **final: float) -> dict:
+        """End the bar, write `final.json` with wall seconds and tokens per second, and return those numbers."""
+        self.bar.close()
+        self.file.close()
+        seconds = time.time() - self.start
+        result = {**final, "seconds": round(seconds, 1), "tokens_per_second": round(self.tokens / seconds)}
+        folder = Path(self.file.name).parent
+        write_atomically(folder / "final.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        return result

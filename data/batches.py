@@ -1,0 +1,143 @@
+"""Rows of token ids to batches: length limits, bucketing, padding on the right, rankings kept together."""
+import random
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common import InputError
+from data.readers import Ranking
+from data.tokenizer import Tokenizer
+
+Row = tuple[list[int], list[bool]]      # token ids and response mask of one sequence, aligned
+
+
+def pad_rows(rows: list[Row], pad: int, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens (B, T), response_mask (B, T) bool, lengths (B,)), padded on the right to the longest row."""
+    longest = max(len(tokens) for tokens, _ in rows)
+    tokens = torch.tensor([tokens + [pad] * (longest - len(tokens)) for tokens, _ in rows], device=device)
+    mask = torch.tensor([list(mask) + [False] * (longest - len(mask)) for _, mask in rows], device=device)
+    return tokens, mask, torch.tensor([len(tokens) for tokens, _ in rows], device=device)
+
+
+def buckets(lengths: list[int], batch_size: int, draw: random.Random) -> list[list[int]]:
+    """Indices 0…n−1 in batches of similar length, the batches in random order; the last may be smaller.
+
+    Rows are shuffled, sorted by length within pools of 50 batches, and cut: little padding, still random.
+    """
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    pool = 50 * batch_size
+    batches = []
+    for start in range(0, len(order), pool):
+        part = sorted(order[start:start + pool], key=lambda i: lengths[i])
+        batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def demonstration_rows(conversations: list[list[dict]], tokenizer: Tokenizer, block_size: int) -> list[Row]:
+    """Render conversations for SFT. A row longer than block_size is cut there if a response token remains, else dropped;
+    both are counted on stderr. A cut row has lost its last end token, as it should: the text does not end there.
+    """
+    rows, cut = [], 0
+    for messages in conversations:
+        tokens, mask = tokenizer.render(messages)
+        cut += len(tokens) > block_size
+        if any(mask[:block_size]):
+            rows.append((tokens[:block_size], mask[:block_size]))
+    report(len(conversations), len(conversations) - len(rows), cut - (len(conversations) - len(rows)), block_size)
+    return rows
+
+
+def ranking_rows(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> tuple[list[Ranking], list[list[Row]]]:
+    """Render every response of every ranking behind its prompt. A ranking with any row over block_size is dropped whole
+    (a cut response would be scored without its end); the count goes to stderr. Returns the rankings kept and their rows.
+    """
+    kept, rows = [], []
+    for ranking in rankings:
+        prompt = tokenizer.render_prompt(ranking.messages)
+        parts = [response_row(prompt, [*tokenizer.encode(text), tokenizer.end]) for text in ranking.responses]
+        if all(len(tokens) <= block_size for tokens, _ in parts):
+            kept.append(ranking)
+            rows.append(parts)
+    report(len(rankings), len(rankings) - len(kept), 0, block_size)
+    return kept, rows
+
+
+def response_row(prompt: list[int], response: list[int]) -> Row:
+    """A prompt and a response as one row; the mask is 1 on the response."""
+    return prompt + response, [False] * len(prompt) + [True] * len(response)
+
+
+def prompt_rows(conversations: list[list[dict]], tokenizer: Tokenizer, room: int) -> tuple[list[list[dict]], list[list[int]]]:
+    """Render prompts; those over `room` tokens are dropped and counted. Returns the conversations kept and their ids."""
+    pairs = [(messages, tokenizer.render_prompt(messages)) for messages in conversations]
+    kept = [(messages, ids) for messages, ids in pairs if len(ids) <= room]
+    report(len(pairs), len(pairs) - len(kept), 0, room)
+    return [messages for messages, _ in kept], [ids for _, ids in kept]
+
+
+def report(total: int, dropped: int, cut: int, limit: int) -> None:
+    """Say on stderr how many rows were too long; InputError if none is left."""
+    if dropped or cut:
+        print(f"{total} rows: {dropped} dropped and {cut} cut, longer than {limit} tokens", file=sys.stderr)
+    if dropped == total:
+        raise InputError(f"no row fits: all {total} exceed {limit} tokens; use a model with a larger block_size")
+
+
+@dataclass(frozen=True, slots=True)
+class RankingBatch:
+    """B rankings of up to K responses each, every response once: its forward pass serves all its K − 1 pairs."""
+    tokens: Tensor          # (N, T) all responses of all rankings, N = sum of the K's, right-padded
+    lengths: Tensor         # (N,)
+    scores: Tensor          # (B, K) what the annotator said, higher = better; 0 where there is no response
+    mask: Tensor            # (B, K) bool, 1 = a response
+    margin: Tensor          # (B, 1)
+
+    def grid(self, values: Tensor) -> Tensor:
+        """Values of the N responses, (N,), laid out by ranking, (B, K); 0 where there is no response."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def ranking_batch(rankings: list[Ranking], rows: list[list[Row]], pad: int, device="cpu") -> RankingBatch:
+    """Put whole rankings into one batch."""
+    tokens, _, lengths = pad_rows([row for parts in rows for row in parts], pad, device)
+    most = max(len(ranking.scores) for ranking in rankings)
+    scores = torch.zeros(len(rankings), most, device=device)
+    mask = torch.zeros(len(rankings), most, dtype=torch.bool, device=device)
+    for i, ranking in enumerate(rankings):
+        scores[i, :len(ranking.scores)] = torch.tensor(ranking.scores)
+        mask[i, :len(ranking.scores)] = True
+    margin = torch.tensor([[ranking.margin] for ranking in rankings], device=device)
+    return RankingBatch(tokens, lengths, scores, mask, margin)
+
+
+class TextStream:
+    """Documents as one stream of ids, <|endoftext|> before each, cut into windows for next-token training."""
+
+    def __init__(self, documents: list[str], tokenizer: Tokenizer, device="cpu"):
+        encoded = tokenizer.encoding.encode_ordinary_batch(documents)
+        ids = [id for document in encoded for id in (tokenizer.endoftext, *document)]
+        self.ids = torch.tensor(ids)
+        self.device = device
+
+    def random_windows(self, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(tokens (count, length), mask): windows at random places; all but each first token are predicted."""
+        if len(self.ids) <= length:
+            raise InputError(f"the text has {len(self.ids)} tokens, fewer than one window of {length}: add text")
+        starts = torch.randint(len(self.ids) - length, (count,), generator=generator)
+        return self._windows(starts, length)
+
+    def all_windows(self, length: int, most: int) -> list[tuple[Tensor, Tensor]]:
+        """The first `most` windows side by side, in batches of 64."""
+        length = min(length, len(self.ids))
+        starts = torch.arange(0, len(self.ids) - length + 1, length)[:most]
+        return [self._windows(part, length) for part in starts.split(64)]
+
+    def _windows(self, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        tokens = self.ids[starts[:, None] + torch.arange(length)].to(self.device)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, 0] = False
+        return tokens, mask

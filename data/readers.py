@@ -1,0 +1,394 @@
+r"""Read the layouts in which people already have their data, from `.json`, `.jsonl`, `.txt` or `.gz` of any.
+
+The content decides, never the extension: gzip by its first bytes, a JSON list or one object per line by the
+text, the layout by the keys of each row. Keys that a layout does not name are ignored.
+
+demonstrations  {"instruction", "input" (optional), "output"}           Alpaca
+                {"instruction", "instances": [{"input", "output"}]}     Self-Instruct: one row per instance
+                {"messages": [{"role", "content"}, …]}                  the assistant has the last word
+                {"prompt", "completion"} or {"prompt", "response"}      text or messages
+pairs           {"prompt", "chosen", "rejected", "margin" (optional)}   text or messages
+                {"instruction", "input" (optional), "chosen", "rejected"}
+                {"chosen", "rejected"}      whole dialogues: messages, or HH-RLHF transcripts with
+                                            "\n\nHuman:" and "\n\nAssistant:" before the turns
+rankings        {"prompt" or "instruction" (+ "input") or "messages", "responses"}      this project's own
+prompts         any of the above, or {"prompt"}, {"instruction"} or {"messages"} alone
+plain text      {"text"}, or text with a line that holds only <|endoftext|> between documents
+
+A ranking is one prompt with K >= 2 responses, scored (higher is better) or ranked (1 is best), with ties or
+without. It is written in one of two ways:
+
+    {"prompt": "Name a hue.", "responses": [{"text": "Red.", "score": 0.9}, {"text": "No.", "score": 0.0}]}
+    {"prompt": "Name a hue.", "responses": ["Red.", "Blue.", "No."], "ranks": [1, 1, 3]}    (or "scores")
+
+Pairs and rankings serve as demonstrations too: the chosen or best response answers the prompt.
+
+Every fault raises InputError in one line: file, line (JSON lines) or row (JSON list), field, remedy. In a
+field such as `responses[2].score`, [0] is the first. Only HH-RLHF transcripts are dropped, and counted: see
+`pair`.
+"""
+import gzip
+import json
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import InputError
+
+ROW_KEYS = {"messages", "prompt", "instruction", "chosen", "rejected", "responses", "text"}
+ACCEPTED = {
+    "demonstration": "instruction + output, messages, prompt + completion or response, or a ranking",
+    "ranking": "prompt or instruction with chosen + rejected or responses, or chosen + rejected as dialogues",
+    "prompt": "prompt, instruction, messages, or a demonstration or ranking",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """K responses to one prompt, ordered by people or by a model that stands in for them."""
+    messages: list[dict]     # the prompt: {"role", "content"} each; ends with a user turn
+    responses: list[str]     # K of them
+    scores: list[float]      # K, higher = better, ties allowed
+    margin: float = 0.0      # Llama 2's m(r), in units of reward; 0 where the row gives none
+
+
+# ----------------------------------------------------------------------------- the four readers
+
+def read_demonstrations(*paths: str | Path) -> list[list[dict]]:
+    """Conversations whose last turn is the assistant's, as lists of {"role", "content"}. Raises InputError.
+
+    A pair gives its chosen dialogue, a ranking its best response (the first among equals).
+    """
+    return read_each(paths, demonstration)
+
+
+def read_rankings(*paths: str | Path) -> list[Ranking]:
+    """Rankings of K >= 2 responses; a pair is a ranking of K = 2 with scores [1.0, 0.0]. Raises InputError.
+
+    A ranking whose scores are all equal is kept, though it holds no pair to learn from.
+    """
+    return read_each(paths, ranking)
+
+
+def read_prompts(*paths: str | Path) -> list[list[dict]]:
+    """Conversations that end with a user turn; an assistant's last turn is cut off. Raises InputError."""
+    return read_each(paths, prompt)
+
+
+def read_text(*paths: str | Path) -> list[str]:
+    """Documents for base training, without blank lines around them; none is empty. Raises InputError.
+
+    A file that opens as a JSON object does, or a list of them, gives the "text" of each row. Any other is
+    split at lines that hold only <|endoftext|>; where there are none it is one document.
+    """
+    documents = []
+    for path in paths:
+        content = read_content(path)
+        if re.match(r'\s*(\[\s*)?\{\s*"', content):
+            found = [text(row.get("text"), "text", where) for where, row in read_rows(path)]
+        else:
+            pieces = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$", content.replace("\r\n", "\n"))
+            found = [piece.strip("\n") for piece in pieces if piece.strip()]
+        if not found:
+            raise InputError(f"{path}: expected text, found none; name a file with text in it")
+        documents += found
+    return documents
+
+
+def read_each(paths: tuple, convert) -> list:
+    """`convert(row, where)` for each row of each file; rows it answers with None are dropped and counted."""
+    items = []
+    for path in paths:
+        rows = read_rows(path)
+        kept = [item for item in (convert(row, where) for where, row in rows) if item is not None]
+        dropped = f"dropped {len(rows) - len(kept)} of {len(rows)} rows: identical or empty replies"
+        if not kept:
+            raise InputError(f"{path}: expected usable rows, found none ({dropped}); name another file")
+        if len(kept) < len(rows):
+            print(f"{Path(path).name}: {dropped}", file=sys.stderr)
+        items += kept
+    return items
+
+
+# ----------------------------------------------------------------------------- one row, by its keys
+
+def demonstration(row: dict, where: str) -> list[dict] | None:
+    """The conversation that a row demonstrates; None for an HH-RLHF transcript without a reply at its end."""
+    if "responses" in row:
+        ranked = ranked_responses(row, where)
+        best = ranked.scores.index(max(ranked.scores))
+        return ranked.messages + [{"role": "assistant", "content": ranked.responses[best]}]
+    for question, answer in (("instruction", "output"), ("prompt", "completion"), ("prompt", "response")):
+        if question in row and answer in row:
+            return dialogue(row, answer, where)
+    if "chosen" in row or "rejected" in row:
+        turns = dialogue(row, "chosen", where)
+        return turns if turns and turns[-1]["role"] == "assistant" else None
+    if "messages" in row:
+        return conversation(row["messages"], "messages", where)
+    raise unrecognised(row, where, "demonstration")
+
+
+def ranking(row: dict, where: str) -> Ranking | None:
+    """The ranking that a row holds; None for HH-RLHF transcripts that hold none."""
+    if "responses" in row:
+        return ranked_responses(row, where)
+    if "chosen" in row or "rejected" in row:
+        return pair(row, where)
+    raise unrecognised(row, where, "ranking")
+
+
+def prompt(row: dict, where: str) -> list[dict] | None:
+    """The conversation up to the user's last turn; None for HH-RLHF transcripts that hold no pair."""
+    if "chosen" in row or "rejected" in row:
+        ranked = pair(row, where)
+        return ranked.messages if ranked else None
+    field = "messages" if "messages" in row else "prompt"
+    turns = row.get(field)
+    if isinstance(turns, list):
+        answered = turns and role_of(turns[-1]) == "assistant"
+        return conversation(turns[:-1] if answered else turns, field, where, last="user")
+    if not row.keys() & {"messages", "prompt", "instruction"}:
+        raise unrecognised(row, where, "prompt")
+    return asked(row, where)
+
+
+def asked(row: dict, where: str) -> list[dict]:
+    """What a row asks, as messages that end with a user turn: its `instruction`, `prompt` or `messages`."""
+    field = next((key for key in ("instruction", "prompt", "messages") if key in row), "prompt")
+    value = row.get(field)
+    if isinstance(value, list) or field == "messages":
+        return conversation(value, field, where, last="user")
+    content = text(value, field, where)
+    if content.startswith("\n\nHuman:"):       # HH-RLHF that someone has split into prompt and replies
+        turns = transcript(re.sub(r"\n\nAssistant:\s*\Z", "", content), field, where)
+        return conversation(turns, field, where, last="user")
+    extra = row.get("input") or ""
+    if field == "instruction" and str(extra).strip():
+        content += "\n\n" + text(extra, "input", where)
+    return [{"role": "user", "content": content}]
+
+
+def dialogue(row: dict, field: str, where: str) -> list[dict]:
+    """What a row asks and the reply in `field`: text, the assistant's messages, or a dialogue with both."""
+    value = row.get(field)
+    if is_transcript(row, field):
+        return transcript(value, field, where)
+    if not isinstance(value, list):
+        reply = {"role": "assistant", "content": text(value, field, where)}
+        return asked(row, where) + [reply]
+    if value and role_of(value[0]) == "assistant":
+        return asked(row, where) + conversation(value, field, where, first="assistant")
+    return conversation(value, field, where)
+
+
+# ----------------------------------------------------------------------------- pairs and rankings
+
+def pair(row: dict, where: str) -> Ranking | None:
+    """A Ranking of K = 2 from `chosen` and `rejected`.
+
+    The prompt is the longest list of turns that both dialogues share and that ends just before assistant
+    turns that differ; the responses are those two turns, without whatever either dialogue goes on to say.
+    Whole turns are compared, not characters: replies may begin alike, or one may be the other's beginning.
+
+    Returns None for HH-RLHF transcripts that hold no such turns (identical dialogues, or dialogues that part
+    at a human turn) or hold an empty turn: the published files have a few, and nobody at the keyboard can
+    mend them. In other layouts the same reply twice is kept, and teaches nothing.
+    """
+    chosen, rejected = dialogue(row, "chosen", where), dialogue(row, "rejected", where)
+    differ = [i for i, (one, other) in enumerate(zip(chosen, rejected)) if one != other]
+    shared = differ[0] if differ else len(chosen) - 1
+    roles = [turn["role"] for turn in chosen[shared:][:1] + rejected[shared:][:1]]
+    parted = roles == ["assistant", "assistant"] and (differ or chosen == rejected)
+    if is_transcript(row, "chosen") and not (parted and differ):
+        return None
+    if not parted:
+        raise wrong(where, "rejected", "the turns of chosen up to a reply that differs",
+                    f"others from turn {shared + 1} on", "give both dialogues the same prompt")
+    margin = number(row.get("margin", 0.0), "margin", where)
+    responses = [chosen[shared]["content"], rejected[shared]["content"]]
+    return Ranking(chosen[:shared], responses, [1.0, 0.0], margin)
+
+
+def ranked_responses(row: dict, where: str) -> Ranking:
+    """A Ranking from `responses`: objects with a score or rank, or text beside a list of scores or ranks."""
+    messages, responses = asked(row, where), row["responses"]
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise wrong(where, "responses", "a list of at least 2", describe(responses),
+                    "add responses or remove the row: a ranking of one response trains nothing")
+    beside = all(isinstance(response, str) for response in responses)
+    if beside:
+        key = "ranks" if "scores" not in row and "ranks" in row else "scores"
+        if not isinstance(row.get(key), list) or len(row[key]) != len(responses):
+            raise wrong(where, key, f"a list of {len(responses)} numbers", describe(row.get(key)),
+                        "give each response a score, or a rank in `ranks`")
+        entries = [{"text": response, key: value} for response, value in zip(responses, row[key])]
+    else:
+        entries = [response if isinstance(response, dict) else {} for response in responses]
+        key = "rank" if any("rank" in one and "score" not in one for one in entries) else "score"
+    texts, values = [], []
+    for i, entry in enumerate(entries):
+        texts.append(text(entry.get("text"), f"responses[{i}]" if beside else f"responses[{i}].text", where))
+        values.append(number(entry.get(key), f"{key}[{i}]" if beside else f"responses[{i}].{key}", where))
+    scores = [-value for value in values] if key.startswith("rank") else values
+    return Ranking(messages, texts, scores, number(row.get("margin", 0.0), "margin", where))
+
+
+# ----------------------------------------------------------------------------- conversations
+
+def conversation(value, field: str, where: str, first: str = "user", last: str = "assistant") -> list[dict]:
+    """Checked messages without other keys: one system turn at most, then `first`, alternating, to `last`."""
+    if not isinstance(value, list) or not value:
+        raise wrong(where, field, 'a list of {"role", "content"}', describe(value), "write an entry per turn")
+    turns, due = [], first
+    for i, message in enumerate(value):
+        role = role_of(message)
+        if role not in ("system", "user", "assistant"):
+            raise wrong(where, f"{field}[{i}].role", "system, user or assistant", describe(role), "rename it")
+        if role == due:
+            due = "assistant" if role == "user" else "user"
+        elif role != "system" or i > 0:
+            raise wrong(where, f"{field}[{i}].role", due, role,
+                        "after one system turn at most, user and assistant must alternate")
+        turns.append({"role": role, "content": text(message.get("content"), f"{field}[{i}].content", where)})
+    if role != last:
+        raise wrong(where, field, f"a last turn by the {last}", f"one by the {role}", "complete the dialogue")
+    return turns
+
+
+def role_of(message) -> str | None:
+    """The role of a message; None where there is none."""
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def is_transcript(row: dict, field: str) -> bool:
+    """True where `field` is text and nothing else in the row says what it answers: an HH-RLHF dialogue."""
+    return isinstance(row.get(field), str) and not row.keys() & {"prompt", "instruction", "messages"}
+
+
+def transcript(value: str, field: str, where: str) -> list[dict]:
+    """The turns of an HH-RLHF transcript; [] where one is empty or the assistant opens the dialogue.
+
+    A speaker announced twice in a row, as happens in the published files, has one turn of two paragraphs.
+    """
+    head, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", text(value, field, where))
+    if head or not parts:
+        raise wrong(where, field, r"a transcript that begins with '\n\nHuman:'", describe(value),
+                    "add a `prompt` to the row if this is the reply alone")
+    turns = []
+    for speaker, content in zip(parts[::2], parts[1::2]):
+        role = "user" if speaker == "Human" else "assistant"
+        if turns and turns[-1]["role"] == role:
+            content = turns.pop()["content"] + "\n\n" + content.strip()
+        turns.append({"role": role, "content": content.strip()})
+    return turns if turns[0]["role"] == "user" and all(turn["content"] for turn in turns) else []
+
+
+# ----------------------------------------------------------------------------- files
+
+def read_content(path: str | Path) -> str:
+    """The text of a file, decompressed if it begins as gzip does, without a byte-order mark."""
+    try:
+        data = Path(path).read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        return data.decode("utf-8-sig")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: expected a whole gzip file, found one that is cut short or damaged; "
+                         "download or compress it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: expected a file, found: {error.strerror}; name a file that can be read, "
+                         "not a folder") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: expected UTF-8 text, found the byte "
+                         f"0x{error.object[error.start]:02x}; save the file as UTF-8") from error
+
+
+def read_rows(path: str | Path) -> list[tuple[str, dict]]:
+    """(where, row) for each row of a JSON list, of an object that holds one list, or of JSON lines."""
+    content = read_content(path)
+    # Not splitlines: it also cuts at U+2028 and the like, which may stand unescaped inside a JSON string.
+    lines = [(n, line.strip()) for n, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    if lines and (lines[0][1].startswith("[") or not lines[0][1].endswith("}")):
+        rows = [(f"{path}, row 1", parse_json(content, path, 1))]       # one value over all lines
+    else:
+        rows = [(f"{path}, line {n}", parse_json(line, path, n)) for n, line in lines]
+    if len(rows) == 1:
+        value = rows[0][1]
+        if isinstance(value, dict) and not value.keys() & ROW_KEYS:
+            value = next((rows for rows in value.values() if is_objects(rows)), value)
+        if isinstance(value, list):
+            rows = [(f"{path}, row {n}", row) for n, row in enumerate(value, start=1)]
+    if not rows:
+        raise InputError(f"{path}: expected at least one row, found none; name a file with rows in it")
+    return [(where, flat) for where, row in rows for flat in flatten(row, where)]
+
+
+def flatten(row, where: str) -> list[dict]:
+    """The row itself, or one row for each of its `instances`: Self-Instruct keeps input and output there."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object, found {describe(row)}; write fields in {{}}")
+    instances = row.get("instances", [{}])
+    if not instances or not is_objects(instances):
+        raise wrong(where, "instances", "a list of objects", describe(instances), "write an object for each")
+    return [row | instance for instance in instances]
+
+
+def is_objects(value) -> bool:
+    """True for a list that holds nothing but objects."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def parse_json(content: str, path: str | Path, line: int):
+    """The value of the JSON text that begins on `line` of a file."""
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {line + error.lineno - 1}: expected JSON, found a fault in column "
+                         f"{error.colno} ({error.msg}); write a JSON list or one object per line") from error
+    except (RecursionError, ValueError) as error:       # ValueError: a number of thousands of digits
+        raise InputError(f"{path}, line {line}: expected rows of plain fields, found JSON nested too deeply "
+                         "or a number too long; check what wrote the file") from error
+
+
+# ----------------------------------------------------------------------------- checks
+
+def text(value, field: str, where: str) -> str:
+    """`value`, which must be a string with something in it besides white space."""
+    if not isinstance(value, str) or not value.strip():
+        raise wrong(where, field, "text", describe(value), "fill it in or remove the row")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise wrong(where, field, "Unicode text", "half of a surrogate pair", "write the whole character")
+    return value
+
+
+def number(value, field: str, where: str) -> float:
+    """`value` as a float; it must be a finite number, and 0 is one."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= sys.float_info.max:       # NaN fails every comparison
+        raise wrong(where, field, "a finite number", describe(value), "correct it or remove the row")
+    return float(value)
+
+
+def describe(value) -> str:
+    """A value in a few words, on one line."""
+    if isinstance(value, (list, dict)):
+        return f"a list of {len(value)}" if isinstance(value, list) else "an object"
+    shown = "nothing (missing or null)" if value is None else repr(value)
+    return shown if len(shown) <= 40 else shown[:40] + "…"
+
+
+def wrong(where: str, field: str, expected: str, found: str, remedy: str) -> InputError:
+    """The error for one field of one row."""
+    return InputError(f"{where}: field {field}: expected {expected}, found {found}; {remedy}")
+
+
+def unrecognised(row: dict, where: str, kind: str) -> InputError:
+    """The error for a row that is no `kind`: its keys, what is accepted, and what the row seems to be."""
+    keys = ", ".join(describe(key) for key in list(row)[:8]) or "none"
+    guess = ("demonstrations" if row.keys() & {"output", "completion", "response", "messages"} else
+             "prompts without answers" if row.keys() & {"prompt", "instruction"} else "another layout")
+    return InputError(f"{where}: expected a {kind} ({ACCEPTED[kind]}), found the keys {keys}, which look "
+                      f"like {guess}; name another file or rename the fields")

@@ -1,0 +1,112 @@
+"""Text to token ids and back, the chat template, and a coloured view of what is trained on.
+
+A conversation is rendered by one function, which emits token ids and response mask together:
+
+    <|system|>text<|end|> <|user|>text<|end|> <|assistant|>text<|end|>        (spaces for the eye only)
+                                              mask:      1    1   1
+
+Every text is encoded by itself, between special tokens, so no merge crosses a border: the ids of a whole conversation
+are the ids of its prompt followed by the ids of its response.
+"""
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
+
+from common import InputError
+
+# Words with their leading space, numbers, punctuation, line ends: enough for a town of short sentences.
+TINYTOWN_PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s"
+TINYTOWN_RANKS = Path(__file__).with_name("tinytown.tiktoken")
+SPECIALS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+ROLES = ("system", "user", "assistant")
+
+
+class Tokenizer:
+    """A tiktoken encoding with the project's special tokens.
+
+    name: "tinytown" or "gpt2", as written into checkpoints. vocab_size: ids padded to a multiple of 64, so that the
+    output head has a convenient shape. pad, end, endoftext: special ids.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        if name == "tinytown":
+            ranks, pattern = load_tiktoken_bpe(str(TINYTOWN_RANKS)), TINYTOWN_PATTERN
+            specials = {token: len(ranks) + i for i, token in enumerate(SPECIALS)}
+        elif name == "gpt2":
+            try:
+                base = tiktoken.get_encoding("r50k_base")
+            except Exception as error:       # requests raises its own families of errors
+                raise InputError("GPT-2's vocabulary (r50k_base, 1.6 MB) is not on this machine and could not be fetched: "
+                                 "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
+            ranks, pattern = base._mergeable_ranks, base._pat_str
+            specials = base._special_tokens | {token: 50257 + i for i, token in enumerate(SPECIALS[1:])}
+        else:
+            raise InputError(f"--tokenizer {name}: expected tinytown or gpt2")
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self.vocab_size = -(-self.encoding.n_vocab // 64) * 64
+        self.endoftext, self.pad, self.end = (specials[token] for token in ("<|endoftext|>", "<|pad|>", "<|end|>"))
+        self.role_ids = {role: specials[f"<|{role}|>"] for role in ROLES}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. The names of special tokens inside it are encoded as ordinary characters."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens by name; ids that only pad the vocabulary show as <|id|>."""
+        return b"".join(self._bytes(id) for id in ids).decode("utf-8", errors="replace")
+
+    def _bytes(self, id: int) -> bytes:
+        if id >= self.encoding.n_vocab:
+            return f"<|{id}|>".encode()
+        return self.encoding.decode_single_token_bytes(id)
+
+    def render(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """(ids, response_mask) of a conversation; mask 1 = assistant's text and its end token, which are trained on."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for message in messages:
+            if message["role"] not in self.role_ids:
+                raise InputError(f"unknown role {message['role']!r}: expected one of {', '.join(ROLES)}")
+            text = [*self.encode(message["content"]), self.end]
+            ids += [self.role_ids[message["role"]], *text]
+            mask += [False] + [message["role"] == "assistant"] * len(text)
+        return ids, mask
+
+    def render_prompt(self, messages: list[dict]) -> list[int]:
+        """Ids of a conversation up to where the assistant's answer begins."""
+        return [*self.render(messages)[0], self.role_ids["assistant"]]
+
+    def response_text(self, ids: list[int]) -> tuple[str, bool]:
+        """(text before the first end token, whether there is one)."""
+        ended = self.end in ids
+        return self.decode(ids[:ids.index(self.end)] if ended else ids), ended
+
+
+@lru_cache(maxsize=None)
+def get_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of that name, loaded once."""
+    return Tokenizer(name)
+
+
+def show(tokenizer: Tokenizer, tokens, mask, file=sys.stdout) -> None:
+    """Print one row or a batch token by token: trained on in green, padding dimmed, the rest plain.
+
+    tokens, mask: (T,) or (B, T), lists or tensors. Without a terminal, trained-on stretches stand in ⟦ ⟧.
+    """
+    tokens, mask = ([x.tolist() if hasattr(x, "tolist") else x for x in (tokens, mask)])
+    if not isinstance(tokens[0], list):
+        tokens, mask = [tokens], [mask]
+    on, off, dim = ("\033[32m", "\033[0m", "\033[2m") if file.isatty() else ("⟦", "⟧", "")
+    for row, marks in zip(tokens, mask):
+        line, open_mark = "", False
+        for id, mark in zip(row, marks):
+            if mark != open_mark:
+                line += on if mark else off
+                open_mark = mark
+            piece = tokenizer.decode([id])
+            line += f"{dim}{piece}{off}" if dim and id == tokenizer.pad else piece
+        print(line + (off if open_mark else ""), file=file)

@@ -1,0 +1,301 @@
+"""A GPT in one sitting: GPT-2's architecture, a key-value cache, sampling, and a scalar head for rewards and values.
+
+    x = wte[token] + wpe[position]                                embeddings
+    x = x + attention(LN(x));  x = x + mlp(LN(x))                 each of n_layer blocks (pre-LayerNorm)
+    logits = LN(x) · wteᵀ                                         the output head is the input embedding ("tied")
+
+Shapes: B sequences, T new tokens, S tokens in the cache and new, C width, H heads, D head width, V vocabulary.
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import load_checkpoint, progress
+from data.tokenizer import Tokenizer, get_tokenizer
+from kernels import token_logprobs
+
+
+@dataclass(slots=True)
+class GPTConfig:
+    block_size: int = 1024       # longest sequence, tokens (number of learned positions)
+    vocab_size: int = 50304      # GPT-2's 50,257 ids and our special tokens, padded to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0         # residual dropout of the last block; rises linearly from 0 at the first (LIMA)
+    bias: bool = True            # biases in linear layers and LayerNorms, as GPT-2 has
+
+
+class KVCache:
+    """Keys and values of all tokens so far, written in place: (L, B, H, S_max, D) each."""
+
+    def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
+        shape = (config.n_layer, batch, config.n_head, size, config.n_embd // config.n_head)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, T, D) behind what is there; return all of it, (B, H, S, D)."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length:end] = key
+        self.values[layer, :, :, self.length:end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all sequences but these rows (indices)."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)                                                        # (B, H, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)         # (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.dropout = config.dropout * layer / max(1, config.n_layer - 1)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attention = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + F.dropout(self.attention(self.ln_1(x), mask, cache, self.layer), self.dropout, self.training)
+        mlp = self.down(F.gelu(self.up(self.ln_2(x)), approximate="tanh"))
+        return x + F.dropout(mlp, self.dropout, self.training)                                      # (B, T, C)
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.apply(self._init)
+        for name, p in self.named_parameters():
+            if name.endswith(("proj.weight", "down.weight")):     # 2L of them add up on the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None,
+               cache: KVCache | None = None) -> Tensor:
+        """States after the final LayerNorm, (B, T, C).
+
+        tokens (B, T). positions (B, T) default to 0, 1, 2, … over the real tokens of each row. attention_mask (B, S)
+        over cached and new tokens, 1 = real; only left-padded rows need one: right padding comes after every real
+        token, where causal attention cannot see it. Raises ValueError beyond block_size.
+        """
+        B, T = tokens.shape
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens, but the model's block_size is {self.config.block_size}")
+        if positions is None:
+            if attention_mask is None:
+                positions = torch.arange(start, start + T, device=tokens.device)
+            else:
+                positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]          # (B, T)
+        mask = None
+        if attention_mask is not None or start > 0:
+            order = torch.arange(start + T, device=tokens.device)
+            mask = order <= order[start:, None]                                                     # (T, S) causal
+            if attention_mask is not None:                # a padding query sees itself, or softmax would give NaN
+                mask = mask & attention_mask.bool()[:, None, None, :] | (order == order[start:, None])   # (B, 1, T, S)
+        x = self.wte(tokens) + self.wpe(positions)                                                  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.ln_f(x)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); column t predicts token t + 1."""
+        return F.linear(self.hidden(tokens, positions, attention_mask), self.wte.weight)
+
+    def logprobs(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """log π(token t | tokens before t) and the entropy of π(· | tokens before t), where mask is 1; else exactly 0.
+
+        tokens, mask (B, T), right-padded; returns two (B, T), aligned with tokens. Only masked-in places pay for the
+        output head. mask[:, 0] must be 0: nothing comes before the first token.
+        """
+        mask = mask.bool()
+        states = before(self.hidden(tokens))                                                        # (B, T, C)
+        chosen, entropies = token_logprobs(states[mask], self.wte.weight, tokens[mask], temperature)
+        logprobs = chosen.new_zeros(tokens.shape).masked_scatter(mask, chosen)                      # (B, T)
+        return logprobs, entropies.new_zeros(tokens.shape).masked_scatter(mask, entropies)
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float = 1.0, stop_token: int | None = None,
+                 generator: torch.Generator | None = None) -> list[list[int]]:
+        """Responses to prompts of unequal lengths, each up to and including `stop_token`.
+
+        temperature 0 is greedy. Plain temperature (no top_k, top_p) samples exactly the distribution that `logprobs`
+        scores at that temperature. Raises ValueError if the longest prompt and max_new_tokens exceed block_size.
+        """
+        responses: list[list[int]] = [[] for _ in prompts]
+        for rows, tokens in self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                                        stop_token=stop_token, generator=generator):
+            for row, token in zip(rows, tokens):
+                responses[row].append(token)
+        return responses
+
+    @torch.no_grad()
+    def stream(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float = 1.0, stop_token: int | None = None,
+               generator: torch.Generator | None = None) -> Iterator[tuple[list[int], list[int]]]:
+        """`generate`, one step at a time: yields (row indices still running, their next tokens)."""
+        if not prompts or max_new_tokens <= 0:
+            return
+        longest = max(map(len, prompts))
+        if min(map(len, prompts)) == 0:
+            raise ValueError("an empty prompt: give at least one token")
+        if longest + max_new_tokens > self.config.block_size:
+            raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's block_size "
+                             f"of {self.config.block_size}: shorten the prompt or max_new_tokens")
+        device, was_training = self.wte.weight.device, self.training
+        self.eval()                                                      # dropout would change the distribution
+        size = longest + max_new_tokens
+        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)       # (B, T) left-padded
+        lengths = torch.tensor([len(p) for p in prompts], device=device)                            # (B,)
+        mask = torch.arange(size, device=device) >= (longest - lengths)[:, None]                    # (B, S_max)
+        rows = torch.arange(len(prompts), device=device)                 # which prompt each row of the batch is
+        running = torch.ones(len(prompts), dtype=torch.bool, device=device)
+        cache = None
+        try:
+            for step in range(max_new_tokens):
+                if cache is None:
+                    positions = (mask[:, :longest].long().cumsum(-1) - 1).clamp(min=0)
+                    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else (
+                        self.wte.weight.dtype)
+                    cache = KVCache(self.config, len(prompts), size, self.wte.weight.to(dtype))
+                else:
+                    tokens, positions = next_tokens[:, None], (lengths + step - 1)[:, None]         # (B, 1)
+                states = self.hidden(tokens, positions, mask[:, :longest + step], cache)[:, -1]     # (B, C)
+                next_tokens = sample_token(F.linear(states, self.wte.weight), temperature, top_k, top_p, generator)
+                yield rows[running].tolist(), next_tokens[running].tolist()
+                if stop_token is None:
+                    continue
+                running &= next_tokens != stop_token
+                if not running.any():
+                    return
+                # Dropping finished rows copies the cache, so it waits until a quarter of the batch has finished.
+                if running.sum() <= 0.75 * len(rows):
+                    kept = running.nonzero()[:, 0]
+                    rows, lengths, mask, next_tokens = rows[kept], lengths[kept], mask[kept], next_tokens[kept]
+                    running = running[kept]
+                    cache.keep(kept)
+        finally:
+            self.train(was_training)
+
+
+def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, title: str, batch_size: int = 512,
+                  **sampling) -> list[list[int]]:
+    """`generate` for any number of prompts: in batches of similar length, with a progress bar."""
+    responses: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    with progress(len(prompts), title, "response") as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start:start + batch_size]
+            for row, response in zip(rows, model.generate([prompts[i] for i in rows], max_new_tokens, **sampling)):
+                responses[row] = response
+            bar.update(len(rows))
+    return responses
+
+
+def before(x: Tensor) -> Tensor:
+    """Shift right by one token: what stood after token t − 1 now stands at t, (B, T, ...); column 0 becomes 0.
+
+    The only place where the project shifts. Predictions and values for token t are read from the state before it;
+    after this they are aligned with tokens and response_mask.
+    """
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
+                 generator: torch.Generator | None) -> Tensor:
+    """Draw one token per row from softmax(logits / temperature), (B, V) → (B,); temperature 0 takes the largest.
+
+    top_k keeps the k largest; top_p the smallest set of largest probabilities whose sum reaches p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.double() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)                                                                      # (B, V)
+    if top_p < 1.0:
+        ordered, index = probs.sort(-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+    # Inverse of the cumulative distribution: one uniform number a row, where torch.multinomial draws V of them.
+    cumulative = probs.cumsum(-1)
+    u = torch.rand(len(probs), 1, dtype=torch.double, device=probs.device, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+class RewardModel(nn.Module):
+    """A GPT with a scalar head instead of its output head: reward of a whole sequence, or value of every prefix."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.config = gpt.config
+        self.gpt = gpt
+        self.head = nn.Linear(gpt.config.n_embd, 1, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(gpt.config.n_embd + 1))    # lm-human-preferences
+        # The pairwise loss cannot see a constant, so it is set afterwards: demonstrations average 0.
+        self.register_buffer("bias", torch.zeros(()))
+
+    def scalars(self, tokens: Tensor) -> Tensor:
+        """The head after every token, (B, T)."""
+        return self.head(self.gpt.hidden(tokens))[..., 0].float() - self.bias
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Scores (B,): the head on the last real token. tokens (B, T) right-padded, lengths (B,) without padding."""
+        return self.scalars(tokens).gather(1, (lengths - 1)[:, None])[:, 0]
+
+
+def load_gpt(folder: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
+    """A language model and its tokenizer from a checkpoint folder; "" gives a new small model on GPT-2's vocabulary."""
+    if not folder:
+        tokenizer = get_tokenizer("gpt2")
+        return GPT(GPTConfig(256, tokenizer.vocab_size, 4, 4, 128, dropout)), tokenizer
+    state, description = load_checkpoint(folder, "language model")
+    gpt = GPT(GPTConfig(**description["model"] | {"dropout": dropout}))
+    gpt.load_state_dict(state)
+    return gpt, get_tokenizer(description["tokenizer"])
+
+
+def load_reward_model(folder: str) -> tuple[RewardModel, Tokenizer]:
+    """A reward model and its tokenizer from a checkpoint folder."""
+    state, description = load_checkpoint(folder, "reward model")
+    reward_model = RewardModel(GPT(GPTConfig(**description["model"])))
+    reward_model.load_state_dict(state)
+    return reward_model, get_tokenizer(description["tokenizer"])

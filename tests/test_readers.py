@@ -1,0 +1,556 @@
+"""data/readers.py: every layout, every complaint, and the files that others publish."""
+import contextlib
+import gzip
+import io
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from common import InputError
+from data.readers import (Ranking, demonstration, prompt, ranking, read_demonstrations, read_prompts,
+                          read_rankings, read_text)
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data folder at {SHARED}")
+READERS = (read_demonstrations, read_rankings, read_prompts)
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def write(folder, *rows, name="rows.jsonl"):
+    """A file of JSON lines; text stands as it is, anything else is written as JSON."""
+    path = folder / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+                    encoding="utf-8")
+    return path
+
+
+def complaint(read, path):
+    """The one-line message with which `read` refuses `path`."""
+    with pytest.raises(InputError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert str(path) in message and ";" in message
+    return message
+
+
+# ----------------------------------------------------------------------------- layouts of demonstrations
+
+DEMONSTRATIONS = [
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, [user("Add.\n\n1 2"), assistant("3")]),
+    ({"instruction": "Hi.", "input": "", "output": "Ho."}, [user("Hi."), assistant("Ho.")]),
+    ({"instruction": "Hi.", "input": " \n", "output": "Ho."}, [user("Hi."), assistant("Ho.")]),
+    ({"instruction": "Hi.", "input": None, "output": "Ho."}, [user("Hi."), assistant("Ho.")]),
+    ({"instruction": "Hi.", "output": "Ho."}, [user("Hi."), assistant("Ho.")]),
+    ({"instruction": "Hi.", "prompt": "### Hi.", "output": "Ho."}, [user("Hi."), assistant("Ho.")]),
+    ({"instruction": "Hi.", "output": "Ho.", "chosen": "A.", "rejected": "B."},
+     [user("Hi."), assistant("Ho.")]),
+    ({"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}]},
+     [user("Add.\n\n1 2"), assistant("3")]),
+    ({"messages": [user("a"), assistant("b")]}, [user("a"), assistant("b")]),
+    ({"messages": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]},
+     [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]),
+    ({"messages": [{**user("a"), "name": "A"}, assistant("b")], "prompt": "a"}, [user("a"), assistant("b")]),
+    ({"prompt": "a", "completion": " b"}, [user("a"), assistant(" b")]),
+    ({"prompt": "a", "response": "b"}, [user("a"), assistant("b")]),
+    ({"prompt": [system("s"), user("a")], "response": "b"}, [system("s"), user("a"), assistant("b")]),
+    ({"prompt": [user("a")], "completion": [assistant("b")]}, [user("a"), assistant("b")]),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, [user("a"), assistant("b")]),
+    ({"instruction": "a", "input": "i", "chosen": "b", "rejected": "c"}, [user("a\n\ni"), assistant("b")]),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a"},
+     [user("a"), assistant("b"), user("c"), assistant("d")]),
+    ({"prompt": "a", "responses": ["b", "c", "d"], "scores": [0, 2, 2]}, [user("a"), assistant("c")]),
+]
+
+
+@pytest.mark.parametrize("row, expected", DEMONSTRATIONS)
+def test_demonstration_layouts(tmp_path, row, expected):
+    assert read_demonstrations(write(tmp_path, row)) == [expected]
+
+
+def test_instances_are_a_row_each(tmp_path):
+    instances = [{"input": "1", "output": "one"}, {"input": "2", "output": "two"}]
+    path = write(tmp_path, {"instruction": "Spell.", "instances": instances})
+    assert read_prompts(path) == [[user("Spell.\n\n1")], [user("Spell.\n\n2")]]
+
+
+# ----------------------------------------------------------------------------- layouts of prompts
+
+PROMPTS = [
+    ({"prompt": "a"}, [user("a")]),
+    ({"prompt": [system("s"), user("a")]}, [system("s"), user("a")]),
+    ({"prompt": [user("a"), assistant("b"), user("c"), assistant("d")]},
+     [user("a"), assistant("b"), user("c")]),
+    ({"instruction": "a", "input": "i"}, [user("a\n\ni")]),
+    ({"instruction": "a", "output": "b"}, [user("a")]),
+    ({"messages": [user("a")]}, [user("a")]),
+    ({"messages": [user("a"), assistant("b")]}, [user("a")]),
+    ({"messages": [user("a"), assistant("b"), user("c")], "prompt": "a"},
+     [user("a"), assistant("b"), user("c")]),
+    ({"prompt": "a", "completion": "b"}, [user("a")]),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, [user("a")]),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, [user("a")]),
+    ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}, [user("a")]),
+    ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"},
+     [user("a"), assistant("b"), user("c")]),
+]
+
+
+@pytest.mark.parametrize("row, expected", PROMPTS)
+def test_prompt_layouts(tmp_path, row, expected):
+    assert read_prompts(write(tmp_path, row)) == [expected]
+
+
+# ----------------------------------------------------------------------------- layouts of rankings
+
+A, B = [user("a")], [1.0, 0.0]
+RANKINGS = [
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, Ranking(A, ["b", "c"], B)),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, Ranking(A, ["b", "b"], B)),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}, Ranking(A, ["b", "c"], B, 2.0)),
+    ({"prompt": [user("a")], "chosen": "b", "rejected": "c"}, Ranking(A, ["b", "c"], B)),
+    ({"messages": [user("a")], "chosen": "b", "rejected": "c"}, Ranking(A, ["b", "c"], B)),
+    ({"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}, Ranking(A, ["b", "c"], B)),
+    ({"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+     Ranking(A, ["b", "c"], B)),
+    ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
+     Ranking(A, ["b", "b"], B)),
+    ({"chosen": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")],
+      "rejected": [system("s"), user("a"), assistant("b"), user("c"), assistant("e")]},
+     Ranking([system("s"), user("a"), assistant("b"), user("c")], ["d", "e"], B)),
+    ({"instruction": "a", "input": "i", "output": "x", "chosen": "b", "rejected": "c"},
+     Ranking([user("a\n\ni")], ["b", "c"], B)),
+    ({"prompt": "a", "responses": [{"text": "b", "score": 0.0}, {"text": "c", "score": -1, "model": "m"}]},
+     Ranking(A, ["b", "c"], [0.0, -1.0])),
+    ({"instruction": "a", "input": "i", "responses": [{"text": "b", "rank": 2}, {"text": "c", "rank": 1}]},
+     Ranking([user("a\n\ni")], ["b", "c"], [-2.0, -1.0])),
+    ({"messages": [user("a")], "responses": ["b", "c", "d"], "scores": [0.5, 0.5, 0]},
+     Ranking(A, ["b", "c", "d"], [0.5, 0.5, 0.0])),
+    ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}, Ranking(A, ["b", "c"], [-1.0, -2.0])),
+    ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "scores": [5, 4]},
+     Ranking(A, ["b", "c"], [5.0, 4.0])),
+    ({"prompt": "a", "responses": ["b", "c"], "scores": [3, 3], "margin": 0.5},
+     Ranking(A, ["b", "c"], [3.0, 3.0], 0.5)),
+]
+
+
+@pytest.mark.parametrize("row, expected", RANKINGS)
+def test_ranking_layouts(tmp_path, row, expected):
+    found, = read_rankings(write(tmp_path, row))
+    assert found == expected
+    assert all(type(score) is float for score in found.scores)
+
+
+def test_rankings_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Ranking(A, ["b", "c"], B).margin = 1.0
+
+
+# ----------------------------------------------------------------------------- HH-RLHF
+
+START = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: How?"
+TURNS = [user("Hi"), assistant("Hello"), user("How?")]
+
+
+@pytest.mark.parametrize("chosen, rejected", [
+    ("Well.", "Badly."),
+    ("Well.", "Well. Very well."),                  # the chosen reply is the beginning of the other
+    ("Well. Very well.", "Well."),
+    ("We agree.", "We differ."),                    # replies share their first characters
+    ("We\n\nagree.", "We\n\ndiffer."),              # and a blank line
+    ("x", "y"),
+    ("Say 'Human: hi'.", "Say 'Human: ho'."),       # a marker that opens no turn
+])
+def test_hh_prompt_is_the_common_list_of_turns(tmp_path, chosen, rejected):
+    row = {"chosen": f"{START}\n\nAssistant: {chosen}", "rejected": f"{START}\n\nAssistant: {rejected}"}
+    assert read_rankings(write(tmp_path, row)) == [Ranking(TURNS, [chosen, rejected], B)]
+
+
+def test_hh_dialogues_that_part_early_give_the_first_reply_that_differs(tmp_path):
+    row = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: How?\n\nAssistant: Well.",
+           "rejected": "\n\nHuman: Hi\n\nAssistant: No.\n\nHuman: How?\n\nAssistant: Well."}
+    assert read_rankings(write(tmp_path, row)) == [Ranking([user("Hi")], ["Hello.", "No."], B)]
+    row["rejected"] = "\n\nHuman: Hi\n\nAssistant: No.\n\nHuman: Why not?"
+    assert read_rankings(write(tmp_path, row)) == [Ranking([user("Hi")], ["Hello.", "No."], B)]
+
+
+def test_hh_prompt_over_all_short_dialogues(tmp_path):
+    """For any two dialogues of up to two exchanges over two phrases, against the definition to the letter."""
+    phrases = ("a", "a b")
+    dialogues = [turns for n in (2, 4) for turns in itertools.product(phrases, repeat=n)]
+    keep = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+
+    def written(turns):
+        return "".join(f"\n\n{'Assistant' if i % 2 else 'Human'}: {turn}" for i, turn in enumerate(turns))
+
+    rows, expected = [keep], [(("a",), "b", "c")]
+    for chosen, rejected in itertools.product(dialogues, repeat=2):
+        rows.append({"chosen": written(chosen), "rejected": written(rejected)})
+        cuts = [i for i in range(1, min(len(chosen), len(rejected)), 2)
+                if chosen[:i] == rejected[:i] and chosen[i] != rejected[i]]
+        expected += [(chosen[:i], chosen[i], rejected[i]) for i in cuts]
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        found = read_rankings(write(tmp_path, *rows))
+    assert [(tuple(turn["content"] for turn in one.messages), *one.responses) for one in found] == expected
+    assert all(one.messages[-1]["role"] == "user" for one in found)
+    assert f"dropped {len(rows) - len(expected)} of {len(rows)} rows" in printed.getvalue()
+
+
+def test_hh_speaker_announced_twice_has_one_turn(tmp_path):
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c",
+           "rejected": "\n\nHuman: a\n\nAssistant: b"}
+    assert read_rankings(write(tmp_path, row)) == [Ranking(A, ["b\n\nc", "b"], B)]
+
+
+@pytest.mark.parametrize("chosen, rejected", [
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well."),                   # identical
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant:  Well.\n"),                # but for white space
+    ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: A\n\nAssistant: c"),                   # part at a human turn
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well.\n\nHuman: Good."),   # one stops earlier
+    (f"{START}\n\nAssistant: Well.", START),
+    (f"{START}\n\nAssistant:", f"{START}\n\nAssistant: Well."),                         # empty replies
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: "),
+    ("\n\nHuman:\n\nAssistant: a", "\n\nHuman:\n\nAssistant: b"),                       # an empty question
+    ("\n\nAssistant: a", "\n\nAssistant: b"),                                           # nobody asked
+])
+def test_hh_pairs_without_use_are_dropped_and_counted(tmp_path, capsys, chosen, rejected):
+    good = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    path = write(tmp_path, {"chosen": chosen, "rejected": rejected}, good, name="hh.jsonl")
+    for read in (read_rankings, read_prompts):
+        assert len(read(path)) == 1
+        assert capsys.readouterr().err == "hh.jsonl: dropped 1 of 2 rows: identical or empty replies\n"
+
+
+def test_hh_dialogue_without_a_last_reply_is_no_demonstration(tmp_path, capsys):
+    dialogue = "\n\nHuman: a\n\nAssistant:"
+    rows = [{"chosen": chosen, "rejected": "\n\nHuman: x\n\nAssistant: y"}
+            for chosen in (f"{dialogue} b", dialogue, f"{dialogue} b\n\nHuman: c")]
+    assert read_demonstrations(write(tmp_path, *rows)) == [[user("a"), assistant("b")]]
+    assert "dropped 2 of 3 rows" in capsys.readouterr().err
+
+
+def test_hh_file_of_nothing_but_useless_rows(tmp_path):
+    same = "\n\nHuman: a\n\nAssistant: b"
+    path = write(tmp_path, *[{"chosen": same, "rejected": same}] * 2)
+    assert "dropped 2 of 2 rows" in complaint(read_rankings, path)
+
+
+# ----------------------------------------------------------------------------- files
+
+ROWS = [{"prompt": f"p{i}\u2028\x85", "response": "r \u20ac"} for i in range(3)]
+
+
+@pytest.mark.parametrize("content", [
+    json.dumps(ROWS),
+    json.dumps(ROWS, indent=2, ensure_ascii=False),
+    json.dumps({"version": 1, "data": ROWS}),
+    json.dumps({"data": ROWS}, indent=1),
+    "\n".join(json.dumps(row) for row in ROWS),
+    "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n",
+    "\r\n".join(json.dumps(row) for row in ROWS) + "\r\n",
+    "\ufeff" + "\n".join(json.dumps(row) for row in ROWS),
+])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.json.gz", "rows"])
+def test_content_decides_how_a_file_is_read(tmp_path, content, packed, name):
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if packed else data)
+    found = read_demonstrations(tmp_path / name)
+    assert found == [[user(row["prompt"]), assistant(row["response"])] for row in ROWS]
+
+
+def test_a_single_row_spread_over_lines(tmp_path):
+    path = write(tmp_path, json.dumps({"messages": [user("a"), assistant("b")]}, indent=2))
+    assert read_demonstrations(path) == [[user("a"), assistant("b")]]
+
+
+def test_several_files_in_the_order_given_and_as_text_or_path(tmp_path):
+    one, two = write(tmp_path, {"prompt": "1"}, name="1"), write(tmp_path, {"instruction": "2"}, name="2")
+    assert read_prompts(two, str(one)) == [[user("2")], [user("1")]]
+
+
+@pytest.mark.parametrize("content, expected", [
+    ("Once upon\na time.\n", ["Once upon\na time."]),
+    ("one\n\n<|endoftext|>\ntwo\nlines\n<|endoftext|>\n", ["one", "two\nlines"]),
+    ("one\r\n<|endoftext|>\r\ntwo\r\nlines", ["one", "two\nlines"]),
+    ("<|endoftext|>\n<|endoftext|>\n  indented <|endoftext|> inside\n", ["  indented <|endoftext|> inside"]),
+    ("[Enter a king]\n{aside} 17", ["[Enter a king]\n{aside} 17"]),
+    ('{"text": "one\\n"}\n\n{"text": "two"}\n', ["one\n", "two"]),
+    ('[{"text": "one"},\n {"text": "two", "id": 3}]', ["one", "two"]),
+])
+@pytest.mark.parametrize("packed", [False, True])
+def test_plain_text(tmp_path, content, expected, packed):
+    path = tmp_path / "text"
+    path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+    assert read_text(path) == expected
+
+
+# ----------------------------------------------------------------------------- complaints about files
+
+@pytest.mark.parametrize("read", [*READERS, read_text])
+def test_files_that_cannot_be_read(tmp_path, read):
+    assert "No such file" in complaint(read, tmp_path / "absent.json")
+    assert "folder" in complaint(read, tmp_path)
+    (tmp_path / "latin1.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
+    assert "line 2: expected UTF-8 text, found the byte 0xe9" in complaint(read, tmp_path / "latin1.jsonl")
+    (tmp_path / "empty.json").write_bytes(b"\n \n")
+    assert "found none" in complaint(read, tmp_path / "empty.json")
+
+
+def test_gzip_cut_anywhere_or_damaged(tmp_path):
+    whole = gzip.compress(json.dumps({"prompt": "a"}).encode())
+    path = tmp_path / "rows.jsonl.gz"
+    for end in range(2, len(whole)):
+        path.write_bytes(whole[:end])
+        assert "gzip" in complaint(read_prompts, path)
+    for damaged in (whole[:10] + b"\x07" + whole[11:], whole[:-6] + b"\0" + whole[-5:], whole + b"more"):
+        path.write_bytes(damaged)
+        assert "gzip" in complaint(read_prompts, path)
+
+
+@pytest.mark.parametrize("content, found", [
+    ('{"prompt": "a"}\n\n{"prompt": "b",}\n', "line 3: expected JSON"),
+    ('{"prompt": "a"}\n{"prompt": "b"', "line 2: expected JSON"),
+    ('{"prompt": "a"}\n{"prompt": "b"} {"prompt": "c"}\n', "line 2: expected JSON"),
+    ('{"prompt": "a', "line 1: expected JSON"),
+    ("prompt: a\n", "line 1: expected JSON"),
+    ('[\n {"prompt": "a"},\n {"prompt": "b"\n]\n', "line 4: expected JSON"),
+    ('{\n "prompt": "a"\n "completion": "b"\n}', "line 3: expected JSON"),
+    ("[" * 100_000, "line 1: expected rows of plain fields"),
+    ('{"prompt": ' + "9" * 5000 + "}", "line 1: expected rows of plain fields"),
+    ("[]", "expected at least one row"),
+    ('{"data": []}', "expected at least one row"),
+    ('{"prompt": "a"}\n[1, 2]\n', "line 2: expected an object, found a list of 2"),
+    ('{"prompt": "a"}\nnull\n', "line 2: expected an object, found nothing"),
+    ('[{"prompt": "a"}, "b"]', "row 2: expected an object, found 'b'"),
+])
+def test_json_that_is_broken_or_holds_no_rows(tmp_path, content, found):
+    assert found in complaint(read_prompts, write(tmp_path, content))
+
+
+def test_text_complaints(tmp_path):
+    assert "line 2: field text" in complaint(read_text, write(tmp_path, {"text": "a"}, {"text": " "}))
+    assert "line 1: field text" in complaint(read_text, write(tmp_path, {"prompt": "a"}))
+    assert "line 2: expected JSON" in complaint(read_text, write(tmp_path, {"text": "a"}, "{text"))
+    assert "found none" in complaint(read_text, write(tmp_path, "<|endoftext|>"))
+
+
+# ----------------------------------------------------------------------------- complaints about rows
+
+GOOD = {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}      # serves all three readers
+COMPLAINTS = {      # reader: rows it refuses, each with the field and what else the message must hold
+    read_demonstrations: [
+        ({"instruction": "a"}, "output"),
+        ({"prompt": "a"}, "completion"),
+        ({"instruction": "a", "output": 3}, "field output: expected text, found 3"),
+        ({"instruction": "a", "output": None}, "field output: expected text, found nothing"),
+        ({"instruction": "a", "output": " \n"}, "field output: expected text"),
+        ({"instruction": "", "output": "b"}, "field instruction: expected text"),
+        ({"instruction": "a", "input": 5, "output": "b"}, "field input: expected text, found 5"),
+        ({"instruction": "a", "instances": [], "output": "b"}, "field instances"),
+        ({"instruction": "a", "instances": ["b"]}, "field instances"),
+        ({"prompt": "a", "response": ["b"]}, "field response[0].role"),
+        ({"prompt": ["a"], "response": "b"}, "field prompt[0].role"),
+        ({"prompt": "a", "response": "half \ud800"}, "field response: expected Unicode text"),
+        ({"messages": []}, "field messages: expected a list of"),
+        ({"messages": "a"}, "field messages: expected a list of"),
+        ({"messages": [{"role": "human", "content": "a"}]}, "messages[0].role: expected system, user"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role: expected system, user"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role: expected system, user"),
+        ({"messages": [user("a"), user("b")]}, "messages[1].role: expected assistant, found user"),
+        ({"messages": [assistant("a")]}, "messages[0].role: expected user, found assistant"),
+        ({"messages": [user("a"), system("b")]}, "messages[1].role: expected assistant, found system"),
+        ({"messages": [user("a"), assistant("b"), user("c")]}, "last turn by the assistant, found one"),
+        ({"messages": [system("a")]}, "last turn by the assistant, found one by the system"),
+        ({"messages": [user("a"), assistant("")]}, "messages[1].content: expected text"),
+        ({"messages": [user([{"type": "text"}]), assistant("b")]}, "messages[0].content: expected text"),
+        ({"text": "a"}, "another layout"),
+    ],
+    read_prompts: [
+        ({"prompt": ""}, "field prompt: expected text"),
+        ({"prompt": None}, "field prompt: expected text, found nothing"),
+        ({"messages": [assistant("b")]}, "field messages"),
+        ({"messages": [system("s")]}, "last turn by the user"),
+        ({"prompt": "\n\nHuman:\n\nAssistant:"}, "field prompt"),
+        ({"text": "a"}, "expected a prompt"),
+        ({}, "found the keys none"),
+        ({str(i): i for i in range(1000)}, "found the keys '0'"),
+    ],
+    read_rankings: [
+        ({"prompt": "a", "chosen": "b"}, "field rejected: expected text, found nothing"),
+        ({"prompt": "a", "rejected": "b"}, "field chosen: expected text, found nothing"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b"}, "field rejected: expected text, found nothing"),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, "field rejected: expected text"),
+        ({"prompt": "a", "chosen": "", "rejected": "b"}, "field chosen: expected text"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "2"}, "field margin: expected a finite"),
+        ({"prompt": [assistant("a")], "chosen": "b", "rejected": "c"}, "field prompt[0].role"),
+        ({"prompt": [user("a"), assistant("b")], "chosen": "b", "rejected": "c"}, "a last turn by the user"),
+        ({"chosen": "b", "rejected": "c"}, "field chosen: expected a transcript"),
+        ({"chosen": "x\n\nHuman: a\n\nAssistant: b", "rejected": "c"}, "field chosen: expected a transcript"),
+        ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "field prompt: expected text"),
+        ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]},
+         "field rejected: expected the turns of chosen up to a reply that differs, found others from turn 1"),
+        ({"chosen": [user("a"), assistant("b")],
+          "rejected": [user("a"), assistant("b"), user("c"), assistant("d")]}, "field rejected"),
+        ({"chosen": [system("s"), user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
+         "field rejected"),
+        ({"prompt": "a", "responses": ["b"], "scores": [1]}, "a ranking of one response trains nothing"),
+        ({"prompt": "a", "responses": "bc"}, "field responses: expected a list"),
+        ({"prompt": "a", "responses": ["b", "c"]}, "field scores: expected a list of 2 numbers"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "field scores: expected a list of 2"),
+        ({"prompt": "a", "responses": ["b", "c"], "ranks": 1}, "field ranks: expected a list of 2"),
+        ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, "2"]}, "field ranks[1]: expected a finite"),
+        ({"prompt": "a", "responses": ["b", ""], "scores": [1, 2]}, "field responses[1]: expected text"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]}, "field scores[1]"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [float("-inf"), 1]}, "field scores[0]"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 10 ** 400]}, "field scores[1]"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, True]}, "field scores[1]"),
+        ({"prompt": "a", "responses": ["b", {"text": "c", "score": 1}]}, "field responses[0].text"),
+        ({"prompt": "a", "responses": [{"text": "b", "score": 1}, {"text": "c"}]}, "responses[1].score:"),
+        ({"prompt": "a", "responses": [{"text": "b", "rank": 1}, {"text": "c"}]}, "field responses[1].rank"),
+        ({"prompt": "a", "responses": [{"text": "b", "score": 1}, {"text": " ", "score": 2}]},
+         "field responses[1].text"),
+        ({"responses": ["b", "c"], "scores": [1, 2]}, "field prompt: expected text, found nothing"),
+        ({"prompt": " ", "responses": ["b", "c"], "scores": [1, 2]}, "field prompt: expected text"),
+        ({"instruction": "a", "output": "b"}, "look like demonstrations"),
+        ({"messages": [user("a"), assistant("b")]}, "look like demonstrations"),
+        ({"prompt": "a"}, "look like prompts without answers"),
+        ({"in\nput": "a", "x" * 1000: "b"}, "found the keys 'in\\nput', 'xxxx"),
+    ],
+}
+
+
+@pytest.mark.parametrize("read, row, found",
+                         [(read, *case) for read, cases in COMPLAINTS.items() for case in cases])
+def test_complaints_name_file_line_field(tmp_path, read, row, found):
+    message = complaint(read, write(tmp_path, GOOD, "", row, GOOD))
+    assert found in message and ", line 3: " in message
+    message = complaint(read, write(tmp_path, json.dumps([GOOD, row], indent=1), name="rows.json"))
+    assert found in message and ", row 2: " in message
+    assert len(message) < 500
+
+
+def test_any_value_in_any_field_is_read_or_refused_in_one_line():
+    values = [None, True, 0, -1.5, "", " ", "a", "\n\nHuman: a\n\nAssistant: b", "\n\nAssistant:", [], {},
+              [[]], [None], ["a"], ["a", "b"], [0, 1], [{}],
+              [user("a")], [assistant("b")], [user("a"), assistant("b")],
+              [{"role": None, "content": []}, 3], [{"text": "a"}, {"score": 1}], {"role": "user"}]
+    fields = ["prompt", "instruction", "input", "output", "completion", "response", "messages", "chosen",
+              "rejected", "responses", "scores", "ranks", "margin"]
+    bases = [{}, GOOD, {"instruction": "a", "output": "b"},
+             {"prompt": "a", "responses": ["b", "c"], "scores": [0, 1]},
+             {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}]
+    was_read = was_refused = 0
+    for base, field, value in itertools.product(bases, fields, values):
+        for convert in (demonstration, ranking, prompt):
+            try:
+                item = convert({**base, field: value}, "rows.jsonl, line 1")
+            except InputError as error:
+                assert str(error).startswith("rows.jsonl, line 1: ") and len(str(error).splitlines()) == 1
+                was_refused += 1
+            else:
+                messages = item.messages if isinstance(item, Ranking) else item or [{"role": None}]
+                assert messages[-1]["role"] in ("assistant" if convert is demonstration else "user", None)
+                was_read += 1
+    assert was_read > 1000 and was_refused > 1000
+
+
+# ----------------------------------------------------------------------------- published files
+
+def ends_well(conversations, role):
+    """Every conversation alternates, opens with the user and ends with `role`; every turn holds text."""
+    for turns in conversations:
+        assert [turn["role"] for turn in turns] == (["user", "assistant"] * len(turns))[:len(turns)]
+        assert turns[-1]["role"] == role and all(turn["content"].strip() for turn in turns)
+    return True
+
+
+@shared
+def test_published_alpaca():
+    path = SHARED / "instruction_data.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    found = read_demonstrations(path)
+    assert len(found) == 1100 and ends_well(found, "assistant")
+    assert [turns[1]["content"] for turns in found] == [row["output"] for row in rows]
+    assert all(row["instruction"] in turns[0]["content"] and turns[0]["content"].endswith(row["input"])
+               for row, turns in zip(rows, found))
+    assert read_prompts(path) == [turns[:1] for turns in found]
+
+
+@shared
+def test_published_alpaca_pairs():
+    path = SHARED / "instruction_data_with_preference.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    found = read_rankings(path)
+    assert [one.responses for one in found] == [[row["chosen"], row["rejected"]] for row in rows]
+    assert len(found) == 1100 and all(one.scores == [1.0, 0.0] and one.margin == 0.0 for one in found)
+    assert read_demonstrations(path) == read_demonstrations(SHARED / "instruction_data.json")
+
+
+@shared
+def test_published_hh(capsys):
+    path = SHARED / "hh_harmless_base_test.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    found = read_rankings(path)
+    assert len(rows) == 2312 and len(found) == 2308 and ends_well([one.messages for one in found], "user")
+    assert "dropped 4 of 2312 rows: identical or empty replies" in capsys.readouterr().err
+    assert all(one.responses[0] != one.responses[1] and all(one.responses) for one in found)
+    kept = [row for row in rows if not any(text.endswith("Assistant:") or text.endswith("Assistant: ")
+                                           for text in row.values())]
+    assert len(kept) == len(found)
+    exact = 0
+    for one, row in zip(found, kept):
+        names = {"user": "Human", "assistant": "Assistant"}
+        start = "".join(f"\n\n{names[turn['role']]}: {turn['content']}" for turn in one.messages)
+        exact += all(row[key] == f"{start}\n\nAssistant: {reply}"
+                     for key, reply in zip(("chosen", "rejected"), one.responses))
+    assert exact > 0.98 * len(found)     # others: white space, early partings, doubled speakers
+    assert read_prompts(path) == [one.messages for one in found]
+    assert ends_well(read_demonstrations(path), "assistant")
+
+
+@shared
+def test_published_rankings():
+    path = SHARED / "alpaca_eval_rankings.jsonl.gz"
+    found = read_rankings(path)
+    assert len(found) == 804 and ends_well([one.messages for one in found], "user")
+    assert all(len(one.responses) == len(one.scores) == 8 for one in found)
+    assert sum(len(set(one.scores)) < 8 for one in found) == 443
+    assert any(0.0 in one.scores for one in found)
+    best = read_demonstrations(path)
+    assert all(turns[-1]["content"] == one.responses[one.scores.index(max(one.scores))]
+               for turns, one in zip(best, found))
+
+
+@shared
+def test_published_instances_and_text():
+    assert len(read_prompts(SHARED / "user_oriented_instructions.jsonl")) == 252
+    assert len(read_demonstrations(SHARED / "self_instruct_seed_tasks.jsonl")) == 175
+    play, = read_text(SHARED / "tinyshakespeare.txt")
+    assert play.startswith("First Citizen:") and len(play) > 1_000_000
+
+
+@shared
+@pytest.mark.parametrize("name, read, found", [
+    ("instruction_data.json", read_rankings, "look like demonstrations"),
+    ("user_oriented_instructions.jsonl", read_rankings, "look like demonstrations"),
+    ("mt_bench_questions.jsonl", read_prompts, "'question_id', 'category', 'turns'"),
+    ("llmbar/natural.json", read_demonstrations, "'input', 'output_1', 'output_2', 'label'"),
+    ("tinyshakespeare.txt", read_demonstrations, "line 1: expected JSON"),
+])
+def test_published_files_for_another_reader(name, read, found):
+    assert found in complaint(read, SHARED / name)

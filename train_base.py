@@ -1,0 +1,121 @@
+"""Stage 0, pretraining: a GPT learns to predict the next token of plain text.
+
+    L(θ) = −E_x (1/T) Σ_t log π_θ(x_t | x_<t)                                     → pretraining_loss
+
+Differences from GPT-2: none in the objective; windows are drawn at random from one stream of documents, and AdamW
+decays matrices only.
+
+    python train_base.py --preset tinytown --data out/tinytown/data/base.txt --val out/tinytown/data/base_val.txt \\
+                         --out out/tinytown/base
+    python train_base.py --data FILE.txt --out out/mine/base         # GPT-2's vocabulary, a small model
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from data.batches import TextStream
+from data.readers import read_text
+from data.tokenizer import get_tokenizer
+from kernels import masked_mean
+from model import GPT, GPTConfig
+
+
+@dataclass(slots=True)
+class Config:
+    data: tuple = ()               # plain text: .txt, .gz of it, or .jsonl rows with "text"
+    val: str = ""                  # held-out text; empty: the last twentieth of the documents, or of the one document
+    out: str = "out/base"          # folder for the checkpoint and metrics
+    tokenizer: str = "gpt2"        # gpt2 or tinytown
+    block_size: int = 256          # context, tokens
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128              # width
+    dropout: float = 0.0           # residual dropout of the last block
+    lr: float = 1e-3               # peak; cosine to a tenth
+    warmup: int = 50               # steps
+    steps: int = 500
+    batch_size: int = 16           # windows a step
+    weight_decay: float = 0.1
+    max_norm: float = 1.0          # gradient clipping
+    eval_every: int = 100          # steps
+    seed: int = 1
+    device: str = "auto"           # auto, cpu, cuda, …
+    dtype: str = "auto"            # auto, float32, bfloat16
+
+
+PRESETS = {"tinytown": dict(tokenizer="tinytown", block_size=96, lr=3e-3, steps=500, batch_size=32, eval_every=100)}
+
+
+def pretraining_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the next token, in nats: −Σ mask·logprob / Σ mask. Scalar.
+
+    logprobs (B, T): log π(x_t | x_<t). mask (B, T): 1 = a token that is predicted (all but each window's first).
+    The pretraining mix of PPO-ptx is minus this number times its coefficient.
+    """
+    return -masked_mean(logprobs, mask)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: list[tuple[Tensor, Tensor]]) -> float:
+    """Pretraining loss over all windows, nats per token."""
+    model.eval()
+    totals = [(pretraining_loss(model.logprobs(tokens, mask)[0], mask).item() * mask.sum().item(), mask.sum().item())
+              for tokens, mask in batches]
+    model.train()
+    return sum(loss for loss, _ in totals) / sum(count for _, count in totals)
+
+
+def split_documents(config: Config) -> tuple[list[str], list[str]]:
+    """(training documents, held-out documents) as the config says."""
+    documents = read_text(*config.data)
+    if config.val:
+        return documents, read_text(config.val)
+    if len(documents) == 1:
+        cut = len(documents[0]) * 19 // 20
+        return [documents[0][:cut]], [documents[0][cut:]]
+    cut = -(-len(documents) // 20)
+    return documents[:-cut], documents[-cut:]
+
+
+def train(config: Config) -> dict:
+    """Train a new model and save it. Returns the final metrics: val_loss (nats per token), seconds, tokens_per_second."""
+    check_range(config, block_size=(2, 65536), n_layer=(1, 200), n_head=(1, 200), n_embd=(2, 65536), dropout=(0, 0.99),
+                lr=(0, 1), steps=(1, 10**9), batch_size=(1, 10**6))
+    if not config.data:
+        raise InputError("--data: name one or more text files to train on")
+    machine = setup(config)
+    tokenizer = get_tokenizer(config.tokenizer)
+    training, held_out = (TextStream(documents, tokenizer, machine.device) for documents in split_documents(config))
+    val_windows = held_out.all_windows(config.block_size, most=256)
+    model = GPT(GPTConfig(config.block_size, tokenizer.vocab_size, config.n_layer, config.n_head, config.n_embd,
+                          config.dropout)).to(machine.device)
+    optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
+    generator = torch.Generator().manual_seed(config.seed)
+    log = Log(config.out, config.steps, "base")
+
+    for step in range(config.steps):
+        tokens, mask = training.random_windows(config.batch_size, config.block_size, generator)
+        with machine.autocast():
+            logprobs, _ = model.logprobs(tokens, mask)                                      # (B, T)
+            loss = pretraining_loss(logprobs, mask)
+        loss.backward()
+        lr = learning_rate(step, config.steps, config.lr, config.warmup)
+        norm = optimizer_step(optimizer, lr, config.max_norm)
+        log.tokens += tokens.numel()
+        numbers = {"loss": loss.item(), "lr": lr, "grad_norm": norm}
+        if (step + 1) % config.eval_every == 0:
+            with machine.autocast():
+                numbers["val_loss"] = evaluate(model, val_windows)
+        log.write(step + 1, show=("loss",), **numbers)
+        log.bar.update()
+
+    with machine.autocast():
+        val_loss = evaluate(model, val_windows)
+    save_checkpoint(config.out, model, "language model", config, tokenizer=tokenizer.name)
+    return log.close(val_loss=round(val_loss, 4))
+
+
+if __name__ == "__main__":
+    main(train, Config, PRESETS)

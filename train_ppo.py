@@ -1,0 +1,355 @@
+"""Stage 3, RLHF: PPO-ptx. The policy is pushed towards reward, held near the SFT model, and keeps its language.
+
+    maximise  E[ r(x, y) − β log(π_θ(y|x)/π_SFT(y|x)) ] + γ_ptx E_pretrain[ log π_θ(x) ]      (InstructGPT, eq. 2)
+
+    R_t  = −β (log π_old(a_t) − log π_ref(a_t)) + 1[t = last]·r(x, y)             → kl_penalized_rewards
+    δ_t  = R_t + γ V_{t+1} − V_t;   A_t = Σ_k (γλ)^k δ_{t+k}                      → gae, whiten
+    L_π  = −E min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t),  ρ_t = π_θ(a_t)/π_old(a_t)      → policy_loss
+    L_V  = ½ E max((V − G)², (clip(V, V_old ± ε_V) − G)²),  G_t = A_t + V_t       → value_loss
+    L    = L_π + c_V L_V + γ_ptx · pretraining loss
+
+Differences from InstructGPT: (1) GAE with λ = 0.95 as in Ziegler et al., where InstructGPT does not name one;
+(2) advantages are whitened over the whole rollout; (3) no moving average of the weights; (4) the pretraining mix takes
+`ptx_windows` windows a minibatch instead of 8 times the episodes.
+
+    python train_ppo.py --preset tinytown --init out/tinytown/sft --reward out/tinytown/rm \\
+                        --data out/tinytown/data/rl.jsonl --ptx_data out/tinytown/data/base.txt --out out/tinytown/ppo
+    python train_ppo.py --init out/mine/sft --reward my_module:my_function --data PROMPTS.jsonl --out out/mine/ppo
+"""
+import copy
+import importlib
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from data.batches import TextStream, pad_rows, prompt_rows, response_row
+from data.readers import read_prompts, read_text
+from data.tokenizer import Tokenizer
+from kernels import masked_mean
+from model import GPT, RewardModel, before, load_gpt, load_reward_model
+from train_base import pretraining_loss
+
+# A reward is any function of (conversations, response texts) that returns one number for each.
+Reward = Callable[[list[list[dict]], list[str]], list[float]]
+
+
+@dataclass(slots=True)
+class Config:
+    data: tuple = ()               # prompts
+    init: str = ""                 # SFT checkpoint: the start and, frozen, the reference
+    reward: str = ""               # reward-model checkpoint, or module:function taking (conversations, responses)
+    ptx_data: tuple = ()           # plain text of pretraining; needed when ptx_coef > 0
+    out: str = "out/ppo"           # folder for the checkpoint, metrics and rollouts
+    steps: int = 100               # rollouts (InstructGPT: 256,000 episodes in all)
+    batch_size: int = 64           # episodes a rollout (InstructGPT: 512)
+    minibatches: int = 2           # optimiser steps an inner epoch (InstructGPT: 8)
+    inner_epochs: int = 1          # passes over a rollout (InstructGPT: 1; Ziegler et al.: 4)
+    max_new_tokens: int = 48       # longest response
+    temperature: float = 1.0       # of rollouts and of all log-probabilities; no top-k or top-p: they would not match
+    beta: float = 0.05             # KL coefficient (InstructGPT: 0.02)
+    target_kl: float = 0.0         # nats a response; above 0, β adapts towards it (Ziegler et al.: 6)
+    horizon: int = 10_000          # episodes over which β adapts (Ziegler et al.: 10,000)
+    gamma: float = 1.0             # discount
+    lam: float = 0.95              # λ of GAE (Ziegler et al.)
+    cliprange: float = 0.2         # ε
+    cliprange_value: float = 0.2   # ε_V
+    vf_coef: float = 0.1           # c_V
+    ptx_coef: float = 1.0          # γ_ptx, times a mean over tokens (InstructGPT: 27.8); 0: plain PPO
+    ptx_windows: int = 8           # windows of pretraining text a minibatch
+    missing_end_score: float = -3.0   # score of a response that never ends, instead of the reward's
+    lr: float = 1e-4               # policy; peak, cosine to a tenth
+    value_lr: float = 3e-4         # value model
+    warmup: int = 10               # optimiser steps (InstructGPT: 10 iterations)
+    max_norm: float = 1.0          # gradient clipping
+    sample_every: int = 20         # rollouts between printed samples
+    seed: int = 1
+    device: str = "auto"           # auto, cpu, cuda, …
+    dtype: str = "auto"            # auto, float32, bfloat16
+
+
+PRESETS = {"tinytown": dict(steps=100, batch_size=64)}
+
+
+# ----------------------------------------------------------------------------- equations
+
+def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token estimates of KL(π‖π_ref) from samples of π (Schulman), with ℓ = log π − log π_ref:
+
+        k1 = ℓ        k2 = ℓ²/2        k3 = exp(−ℓ) − 1 + ℓ
+
+    Any equal shapes; nats. k1 and k3 are unbiased; k1 may be negative on a sample, k3 never; k2 is biased but small
+    in variance. k1 is what the reward subtracts, so it is not clamped.
+    """
+    logratio = logprobs - ref_logprobs
+    return logratio, logratio.square() / 2, torch.exp(-logratio) - 1 + logratio
+
+
+def kl_penalized_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Reward of every token, R_t = −β(log π(a_t) − log π_ref(a_t)) + 1[t = last]·score. (B, T), 0 outside the mask.
+
+    scores (B,): of whole responses; 0.0 is a score like any other. logprobs, ref_logprobs (B, T), nats. mask (B, T):
+    1 = response token, end token included; the score lands on each row's last 1. A row sums to score − β·KL estimate.
+    Raises ValueError for a row without a response token, where the score would vanish.
+    """
+    mask = mask.bool()
+    if not mask.any(1).all():
+        raise ValueError("a row without response tokens has no place for its score")
+    kl, _, _ = kl_estimates(logprobs, ref_logprobs)                                         # (B, T)
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)                                     # (B, T) one per row
+    return torch.where(mask, -beta * kl, 0.0) + torch.where(last, scores[:, None], 0.0)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: δ_t = R_t + γV_{t+1} − V_t, A_t = δ_t + γλA_{t+1}; returns G_t = A_t + V_t.
+
+    rewards, values, mask (B, T): V_t is the value of the state *before* token t; mask 1 = response token, one
+    unbroken stretch a row. The value after the last token is 0. Whatever stands outside the mask, NaN included, is
+    not read. λ = 1 gives Σ γ^k R_{t+k} − V_t, λ = 0 the TD error. Returns (advantages, returns), 0 outside the mask.
+    """
+    mask = mask.bool()
+    rewards, values = torch.where(mask, rewards, 0.0), torch.where(mask, values, 0.0)
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])                           # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)
+        next_value, next_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale to variance 1 and, if shift_mean, to mean 0, over the places where mask is 1; 0 elsewhere.
+
+    x, mask: equal shapes. Population variance, plus 1e-8. Rewards keep their mean (shift_mean=False): shifting it
+    would pay or fine for every token survived.
+    """
+    mask = mask.bool()
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean).square(), mask)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> Tensor:
+    """PPO's clipped objective, −mean min(ρA, clip(ρ, 1−ε, 1+ε)A), over response tokens. Scalar.
+
+    All (B, T); mask 1 = response token. At ρ = 1 the loss is −mean(A), its gradient −A: not zero. Clipping binds only
+    where it lowers the objective: a token that moved the wrong way is always pulled back.
+    """
+    mask = mask.bool()
+    ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))                      # (B, T)  ρ
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange) * advantages
+    return -masked_mean(torch.minimum(unclipped, clipped), mask)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float) -> Tensor:
+    """Clipped value loss, ½ mean max((V − G)², (clip(V, V_old − ε, V_old + ε) − G)²), over response tokens. Scalar.
+
+    All (B, T); mask 1 = response token. The larger error counts: clipping never makes the loss smaller.
+    """
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    return 0.5 * masked_mean(torch.maximum((values - returns).square(), (clipped - returns).square()), mask)
+
+
+def adapted_beta(beta: float, kl: float, target_kl: float, episodes: int, horizon: int) -> float:
+    """Ziegler et al.'s controller: β·(1 + clip(KL/target − 1, ±0.2)·episodes/horizon); kl in nats per response."""
+    error = max(-0.2, min(0.2, kl / target_kl - 1))
+    return beta * (1 + error * episodes / horizon)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 − Var(G − V)/Var(G) over response tokens; 1 = the value model foresees every return, 0 = no better than a mean."""
+    error, returns = (returns - values)[mask.bool()], returns[mask.bool()]
+    return 1 - error.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+
+
+# ----------------------------------------------------------------------------- reward and rollout
+
+def model_reward(model: RewardModel, tokenizer: Tokenizer) -> Reward:
+    """A trained reward model as a function of (conversations, responses). Too long a response is scored at its cut."""
+    @torch.no_grad()
+    def reward(conversations: list[list[dict]], responses: list[str]) -> list[float]:
+        rows = []
+        for messages, text in zip(conversations, responses):
+            ids, _ = tokenizer.render([*messages, {"role": "assistant", "content": text}])
+            rows.append((ids[:model.config.block_size], [False] * min(len(ids), model.config.block_size)))
+        tokens, _, lengths = pad_rows(rows, tokenizer.pad, model.head.weight.device)
+        return model(tokens, lengths).tolist()
+    return reward
+
+
+def load_reward(name: str, device) -> tuple[Reward, RewardModel | None]:
+    """The reward that `--reward` names, and the model behind it if there is one."""
+    if not name:
+        raise InputError("--reward: name a reward-model folder, or module:function")
+    if ":" in name and not Path(name).exists():
+        module, _, function = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), function), None
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"--reward {name}: {error}; expected module:function, the module in this folder") from error
+    model, tokenizer = load_reward_model(name)
+    model.to(device).eval()
+    return model_reward(model, tokenizer), model
+
+
+@dataclass(slots=True)
+class Rollout:
+    """What one batch of episodes leaves for learning. Tensors are (B, T), aligned with tokens, 0 outside the mask."""
+    texts: list[str]
+    ended: list[bool]
+    scores: Tensor               # (B,) of whole responses
+    tokens: Tensor
+    mask: Tensor                 # bool; 1 = response token, end token included
+    logprobs: Tensor             # of the policy that sampled
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor               # of the state before each token
+
+
+@torch.no_grad()
+def rollout(policy: GPT, ref_policy: GPT, value_model: RewardModel, reward: Reward, conversations: list[list[dict]],
+            prompts: list[list[int]], tokenizer: Tokenizer, config: Config, generator: torch.Generator) -> Rollout:
+    """Sample one response to each prompt and score it. Log-probabilities are computed in the minibatches of training,
+    so that the first update sees exactly these numbers again (ratio ≡ 1).
+    """
+    responses = policy.generate(prompts, config.max_new_tokens, temperature=config.temperature, stop_token=tokenizer.end,
+                                generator=generator)
+    texts, ended = map(list, zip(*(tokenizer.response_text(response) for response in responses)))
+    device = policy.wte.weight.device
+    scores = torch.tensor(reward(conversations, texts), dtype=torch.float32, device=device)
+    scores = torch.where(torch.tensor(ended, device=device), scores, config.missing_end_score)
+    tokens, mask, _ = pad_rows([response_row(p, r) for p, r in zip(prompts, responses)], tokenizer.pad, device)
+    parts = []
+    for rows in torch.arange(len(tokens), device=device).chunk(config.minibatches):
+        logprobs, entropy = policy.logprobs(tokens[rows], mask[rows], config.temperature)
+        ref_logprobs, _ = ref_policy.logprobs(tokens[rows], mask[rows], config.temperature)
+        parts.append((logprobs, ref_logprobs, entropy, state_values(value_model, tokens[rows], mask[rows])))
+    return Rollout(texts, ended, scores, tokens, mask, *(torch.cat(column) for column in zip(*parts)))
+
+
+def state_values(value_model: RewardModel, tokens: Tensor, mask: Tensor) -> Tensor:
+    """V of the state before each response token, (B, T), 0 elsewhere: the same alignment as log-probabilities."""
+    return torch.where(mask, before(value_model.scalars(tokens)), 0.0)
+
+
+def evaluate(batch: Rollout, rewards: Tensor, returns: Tensor) -> dict[str, float]:
+    """Every rollout statistic, defined once. Sums are per response, means per response token."""
+    k1, _, k3 = kl_estimates(batch.logprobs, batch.ref_logprobs)
+    return {"score": batch.scores.mean().item(),                         # of the reward, missing ends included
+            "kl": torch.where(batch.mask, k1, 0.0).sum(1).mean().item(),   # nats per response from the reference, k1
+            "kl_k3": torch.where(batch.mask, k3, 0.0).sum(1).mean().item(),
+            "objective": rewards.sum(1).mean().item(),                   # score − β·kl
+            "entropy": masked_mean(batch.entropy, batch.mask).item(),
+            "length": batch.mask.sum(1).float().mean().item(),           # tokens, end token included
+            "end_rate": sum(batch.ended) / len(batch.ended),
+            "explained_variance": explained_variance(batch.values, returns, batch.mask).item()}
+
+
+# ----------------------------------------------------------------------------- training
+
+def update(policy: GPT, value_model: RewardModel, batch: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor,
+           config: Config) -> dict[str, Tensor]:
+    """Gradients of L_π + c_V L_V on some rows of a rollout; returns what the log shows."""
+    mask, old_logprobs, old_values = batch.mask[rows], batch.logprobs[rows], batch.values[rows]
+    logprobs, _ = policy.logprobs(batch.tokens[rows], mask, config.temperature)             # (b, T)
+    values = state_values(value_model, batch.tokens[rows], mask)                            # (b, T)
+    loss_policy = policy_loss(logprobs, old_logprobs, advantages[rows], mask, config.cliprange)
+    loss_value = value_loss(values, old_values, returns[rows], mask, config.cliprange_value)
+    (loss_policy + config.vf_coef * loss_value).backward()
+    ratio = torch.exp(logprobs.detach() - old_logprobs)                                     # 1 outside the mask
+    return {"policy_loss": loss_policy.detach(), "value_loss": loss_value.detach(), "ratio_error": (ratio - 1).abs().max(),
+            "clip_fraction": masked_mean(((ratio - 1).abs() > config.cliprange).float(), mask)}
+
+
+def train(config: Config, reward: Reward | None = None) -> dict:
+    """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
+    check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size), inner_epochs=(1, 100),
+                max_new_tokens=(1, 10**5), temperature=(0.01, 10), beta=(0, 100), target_kl=(0, 10**4), gamma=(0, 1),
+                lam=(0, 1), cliprange=(0, 10), cliprange_value=(0, 10**6), ptx_coef=(0, 10**4), lr=(0, 1), value_lr=(0, 1))
+    if not config.data:
+        raise InputError("--data: name one or more files of prompts")
+    if config.ptx_coef > 0 and not config.ptx_data:
+        raise InputError("--ptx_data: name the pretraining text, or set --ptx_coef 0 for PPO without the mix")
+    machine = setup(config)
+    policy, tokenizer = load_gpt(config.init)            # no dropout anywhere: the ratio would not start at 1
+    policy.to(machine.device).eval()
+    ref_policy = copy.deepcopy(policy).requires_grad_(False)
+    reward_model = None
+    if reward is None:
+        reward, reward_model = load_reward(config.reward, machine.device)
+    value_model = copy.deepcopy(reward_model) if reward_model else RewardModel(copy.deepcopy(policy))
+    value_model.to(machine.device).requires_grad_(True).eval()
+    room = policy.config.block_size - config.max_new_tokens
+    conversations, prompts = prompt_rows(read_prompts(*config.data), tokenizer, room)
+    text = TextStream(read_text(*config.ptx_data), tokenizer, machine.device) if config.ptx_coef > 0 else None
+    draw = random.Random(config.seed)
+    generator = torch.Generator(machine.device).manual_seed(config.seed)
+    text_generator = torch.Generator().manual_seed(config.seed)
+    optimizers = (adamw(policy, config.lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-5),
+                  adamw(value_model, config.value_lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-5))
+    updates, beta, history = config.steps * config.inner_epochs * config.minibatches, config.beta, []
+    log = Log(config.out, config.steps, "ppo")
+    rollouts = open(Path(config.out) / "rollouts.jsonl", "w")
+
+    for step in range(config.steps):
+        chosen = draw.sample(range(len(prompts)), config.batch_size) if len(prompts) >= config.batch_size else (
+            draw.choices(range(len(prompts)), k=config.batch_size))
+        with machine.autocast():
+            batch = rollout(policy, ref_policy, value_model, reward, [conversations[i] for i in chosen],
+                            [prompts[i] for i in chosen], tokenizer, config, generator)
+        rewards = kl_penalized_rewards(batch.scores, batch.logprobs, batch.ref_logprobs, batch.mask, beta)   # (B, T)
+        advantages, returns = gae(rewards, batch.values, batch.mask, config.gamma, config.lam)               # (B, T)
+        numbers = evaluate(batch, rewards, returns) | {"beta": beta}
+        advantages = whiten(advantages, batch.mask)
+
+        learned = []
+        minibatches = torch.arange(config.batch_size, device=machine.device).chunk(config.minibatches)
+        for epoch in range(config.inner_epochs):
+            for index, rows in enumerate(minibatches):
+                count = (step * config.inner_epochs + epoch) * config.minibatches + index
+                with machine.autocast():
+                    shown = update(policy, value_model, batch, rows, advantages, returns, config)
+                    if epoch == index == 0 and shown["ratio_error"] > 1e-3:
+                        raise RuntimeError(f"step {step + 1}: the first minibatch's ratio is off 1 by "
+                                           f"{shown['ratio_error']:.2g}; old log-probabilities are not the policy's")
+                    if text:
+                        tokens, mask = text.random_windows(config.ptx_windows, policy.config.block_size, text_generator)
+                        shown["pretraining_loss"] = pretraining_loss(policy.logprobs(tokens, mask)[0], mask)
+                        (config.ptx_coef * shown["pretraining_loss"]).backward()
+                        log.tokens += tokens.numel()
+                for optimizer, peak in zip(optimizers, (config.lr, config.value_lr)):
+                    optimizer_step(optimizer, learning_rate(count, updates, peak, config.warmup), config.max_norm)
+                learned.append(shown)
+        numbers |= {name: torch.stack([row[name].detach() for row in learned]).mean().item() for name in learned[0]}
+        numbers.pop("ratio_error")
+        if config.target_kl > 0:
+            beta = adapted_beta(beta, numbers["kl"], config.target_kl, config.batch_size, config.horizon)
+        for i, row in enumerate(chosen):
+            rollouts.write(json.dumps({"step": step + 1, "messages": conversations[row], "response": batch.texts[i],
+                                       "ended": batch.ended[i], "score": round(batch.scores[i].item(), 4)}) + "\n")
+        if (step + 1) % config.sample_every == 0:
+            kl = (batch.logprobs - batch.ref_logprobs)[0].sum().item()
+            log.bar.write(f"[{step + 1}] {conversations[chosen[0]][-1]['content']!r} → {batch.texts[0]!r} "
+                          f"score {batch.scores[0].item():.2f} kl {kl:.2f}", file=sys.stderr)
+        log.tokens += batch.tokens.numel()
+        log.write(step + 1, show=("score", "kl", "entropy", "length", "end_rate"), **numbers)
+        log.bar.update()
+        history.append(numbers)
+
+    rollouts.close()
+    save_checkpoint(config.out, policy, "language model", config, tokenizer=tokenizer.name)
+    tail = history[-max(1, len(history) // 10):]
+    return log.close(**{name: round(sum(row[name] for row in tail) / len(tail), 4) for name in tail[0]})
+
+
+if __name__ == "__main__":
+    main(train, Config, PRESETS)

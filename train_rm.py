@@ -1,0 +1,179 @@
+"""Stage 2, reward model: a scalar r_θ(x, y) that orders responses as the labelers did (Bradley–Terry).
+
+    P(y_w ≻ y_l | x) = σ(r_θ(x, y_w) − r_θ(x, y_l))
+    L(θ) = −E_x [ 1/C(K,2) · Σ_{(w,l)} log σ(r_θ(x, y_w) − r_θ(x, y_l)) ]         → pairwise_loss, ranking_loss
+
+All C(K,2) pairs of a ranking come from one batch element: K forward passes serve K(K−1)/2 comparisons, and every
+response is learned from once an epoch. The reward is a linear head on the last token's state of a copy of the SFT model.
+
+Differences from InstructGPT: tied responses are left out of the sum (as there) but a ranking may carry a margin
+(Llama 2); the rest, one epoch and a bias that makes demonstrations average 0 included, is the same.
+
+    python train_rm.py --preset tinytown --init out/tinytown/sft --data out/tinytown/data/rankings.jsonl \\
+                       --demonstrations out/tinytown/data/sft.jsonl --out out/tinytown/rm
+    python train_rm.py --data FILE.jsonl.gz --out out/mine/rm       # pairs, HH-RLHF transcripts or rankings
+"""
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from data.batches import Row, buckets, demonstration_rows, pad_rows, ranking_batch, ranking_rows
+from data.readers import Ranking, read_demonstrations, read_rankings
+from model import RewardModel, load_gpt
+
+
+@dataclass(slots=True)
+class Config:
+    data: tuple = ()               # rankings or preference pairs
+    val: str = ""                  # held-out rankings; empty: every tenth ranking of data
+    clean: str = ""                # held-out rankings in the true order (Tinytown); only reported
+    demonstrations: str = ""       # their mean reward becomes 0; empty: the best response of every training ranking
+    init: str = ""                 # SFT checkpoint to copy; empty: a new small model on GPT-2's vocabulary
+    out: str = "out/rm"            # folder for the checkpoint and metrics
+    epochs: int = 1                # a second epoch overfits (InstructGPT)
+    lr: float = 5e-4               # peak; cosine to a tenth. InstructGPT: 9e-6 for 6 B parameters
+    warmup: int = 20               # steps
+    batch_size: int = 16           # rankings a step (InstructGPT: 64)
+    micro_batch: int = 0           # rankings a forward pass; 0: all of the step's at once
+    weight_decay: float = 0.0
+    max_norm: float = 1.0          # gradient clipping
+    seed: int = 1
+    device: str = "auto"           # auto, cpu, cuda, …
+    dtype: str = "auto"            # auto, float32, bfloat16
+
+
+PRESETS = {"tinytown": dict(batch_size=16, lr=5e-4)}
+
+
+def pairwise_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+    """Bradley–Terry negative log-likelihood of each preference: −log σ(r_w − r_l − margin). In nats.
+
+    chosen_rewards, rejected_rewards (B,): rewards of the preferred and the other response; any shapes that broadcast.
+    margin: by how much the preferred one should lead (Llama 2); 0 gives the lecture's loss. Equal rewards give log 2,
+    and adding a constant to both changes nothing: the scale has no zero until a bias is set. Returns (B,).
+    """
+    return -F.logsigmoid(chosen_rewards - rejected_rewards - margin)
+
+
+def ranking_loss(rewards: Tensor, scores: Tensor, mask: Tensor | None = None, margin: Tensor | float = 0.0) -> Tensor:
+    """K-wise Bradley–Terry loss: mean of `pairwise_loss` over a prompt's pairs, then over prompts. Scalar, nats.
+
+    L = 1/B Σ_x 1/|pairs(x)| Σ_{i,j: score_i > score_j} −log σ(r_i − r_j)         (InstructGPT, eq. 1)
+
+    rewards (B, K): of the model. scores (B, K): of the labeler, higher = better; ties count for no pair. mask (B, K):
+    1 = a response, for rankings of unequal K. margin: 0 or (B, 1). Because of the inner mean a ranking of 9 responses
+    (36 pairs) weighs as much as one of 4 (6 pairs). Prompts without a pair are left out of the outer mean. Raises
+    ValueError for K < 2, where there is nothing to compare.
+    """
+    if rewards.shape[-1] < 2:
+        raise ValueError(f"rewards {tuple(rewards.shape)}: a ranking needs K ≥ 2 responses")
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.bool()
+    rewards = torch.where(mask, rewards, 0.0)
+    pairs = better_pairs(scores, mask)                                                      # (B, K, K)
+    margin = margin[..., None] if torch.is_tensor(margin) else margin
+    losses = pairwise_loss(rewards[:, :, None], rewards[:, None, :], margin)                # (B, K, K)
+    count = pairs.sum((1, 2))                                                               # (B,)
+    per_prompt = torch.where(pairs, losses, 0.0).sum((1, 2)) / count.clamp(min=1)           # (B,)
+    return per_prompt.sum() / (count > 0).sum().clamp(min=1)
+
+
+def better_pairs(scores: Tensor, mask: Tensor) -> Tensor:
+    """(B, K, K) bool: 1 at [b, i, j] where response i of prompt b was ranked above response j."""
+    return (scores[:, :, None] > scores[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+
+
+def ranking_accuracy(rewards: Tensor, scores: Tensor, mask: Tensor) -> tuple[float, int]:
+    """(pairs that the rewards put in the labeler's order, pairs). Equal rewards count half."""
+    pairs = better_pairs(scores, mask.bool())
+    difference = rewards[:, :, None] - rewards[:, None, :]
+    right = (difference[pairs] > 0).sum() + 0.5 * (difference[pairs] == 0).sum()
+    return float(right), int(pairs.sum())
+
+
+@torch.no_grad()
+def evaluate(model: RewardModel, rankings: list[Ranking], rows: list[list[Row]], pad: int, device) -> dict:
+    """{"accuracy": share of pairs in the given order, "loss": ranking loss} over all rankings."""
+    model.eval()
+    right = pairs = total = 0.0
+    order = sorted(range(len(rows)), key=lambda i: max(len(tokens) for tokens, _ in rows[i]))
+    for start in range(0, len(rows), 32):
+        part = order[start:start + 32]
+        batch = ranking_batch([rankings[i] for i in part], [rows[i] for i in part], pad, device)
+        rewards = batch.grid(model(batch.tokens, batch.lengths))                            # (B, K)
+        hits, count = ranking_accuracy(rewards, batch.scores, batch.mask)
+        right, pairs = right + hits, pairs + count
+        total += ranking_loss(rewards, batch.scores, batch.mask).item() * len(part)
+    return {"accuracy": right / max(1, pairs), "loss": total / len(rows)}
+
+
+@torch.no_grad()
+def set_bias(model: RewardModel, rows: list[Row], pad: int, device) -> None:
+    """Shift the reward so that these demonstrations average 0."""
+    model.eval()
+    scores = []
+    for start in range(0, len(rows), 64):
+        tokens, _, lengths = pad_rows(rows[start:start + 64], pad, device)
+        scores.append(model(tokens, lengths))
+    model.bias += torch.cat(scores).mean()
+
+
+def train(config: Config) -> dict:
+    """Train on rankings and save. Returns the final metrics: accuracy and loss on held-out rankings, accuracy_clean."""
+    check_range(config, epochs=(1, 1000), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6))
+    if not config.data:
+        raise InputError("--data: name one or more files of rankings or preference pairs")
+    machine = setup(config)
+    gpt, tokenizer = load_gpt(config.init)
+    model = RewardModel(gpt).to(machine.device)
+    limit = gpt.config.block_size
+    rankings, rows = ranking_rows(read_rankings(*config.data), tokenizer, limit)
+    if config.val:
+        val = ranking_rows(read_rankings(config.val), tokenizer, limit)
+    else:
+        val = rankings[::10], rows[::10]
+        keep = [i for i in range(len(rows)) if i % 10 or len(rows) == 1]
+        rankings, rows = [rankings[i] for i in keep], [rows[i] for i in keep]
+    sizes = [sum(len(tokens) for tokens, _ in parts) for parts in rows]
+    draw = random.Random(config.seed)
+    batches = [batch for _ in range(config.epochs) for batch in buckets(sizes, config.batch_size, draw)]
+    optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
+    log = Log(config.out, len(batches), "reward model")
+
+    for step, indices in enumerate(batches):
+        micro = config.micro_batch or len(indices)
+        step_loss = 0.0
+        for start in range(0, len(indices), micro):
+            part = indices[start:start + micro]
+            batch = ranking_batch([rankings[i] for i in part], [rows[i] for i in part], tokenizer.pad, machine.device)
+            with machine.autocast():
+                rewards = batch.grid(model(batch.tokens, batch.lengths))                    # (B, K)
+            loss = ranking_loss(rewards, batch.scores, batch.mask, batch.margin) * (len(part) / len(indices))
+            loss.backward()
+            step_loss += loss.item()
+            log.tokens += batch.tokens.numel()
+        lr = learning_rate(step, len(batches), config.lr, config.warmup)
+        norm = optimizer_step(optimizer, lr, config.max_norm)
+        hits, pairs = ranking_accuracy(rewards.detach(), batch.scores, batch.mask)
+        log.write(step + 1, show=("loss", "accuracy"), loss=step_loss, accuracy=hits / max(1, pairs), lr=lr, grad_norm=norm)
+        log.bar.update()
+
+    if config.demonstrations:
+        reference = demonstration_rows(read_demonstrations(config.demonstrations), tokenizer, limit)[:1000]
+    else:
+        reference = [parts[max(range(len(parts)), key=ranking.scores.__getitem__)] for ranking, parts in zip(rankings, rows)]
+    with machine.autocast():
+        set_bias(model, reference[:1000], tokenizer.pad, machine.device)
+        final = evaluate(model, *val, tokenizer.pad, machine.device)
+        if config.clean:
+            clean = ranking_rows(read_rankings(config.clean), tokenizer, limit)
+            final["accuracy_clean"] = evaluate(model, *clean, tokenizer.pad, machine.device)["accuracy"]
+    save_checkpoint(config.out, model, "reward model", config, tokenizer=tokenizer.name)
+    return log.close(**{name: round(value, 4) for name, value in final.items()})
+
+
+if __name__ == "__main__":
+    main(train, Config, PRESETS)

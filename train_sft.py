@@ -1,0 +1,115 @@
+"""Stage 1, instruction tuning (SFT): the model imitates demonstrations of good answers.
+
+    L(θ) = −Σ_{t ∈ response} log π_θ(x_t | x_<t) / N                              → sft_loss
+    N = response tokens in the step, end tokens included; the prompt is context, never a target
+
+Differences from InstructGPT: none in the objective. The schedule of `--preset lima` is LIMA's (AdamW β = (0.9, 0.95),
+weight decay 0.1, no warm-up, linear decay to a tenth, end-of-turn token, residual dropout rising over the layers).
+
+    python train_sft.py --preset tinytown --init out/tinytown/base --data out/tinytown/data/sft.jsonl --out out/tinytown/sft
+    python train_sft.py --data FILE.json --out out/mine/sft         # a new small model on GPT-2's vocabulary
+"""
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from data.batches import Row, buckets, demonstration_rows, pad_rows
+from data.readers import read_demonstrations
+from kernels import masked_mean
+from model import GPT, load_gpt
+
+
+@dataclass(slots=True)
+class Config:
+    data: tuple = ()               # demonstrations: Alpaca rows, messages, prompt and response, …
+    val: str = ""                  # held-out demonstrations; empty: every twentieth row of data
+    init: str = ""                 # checkpoint to start from; empty: a new small model on GPT-2's vocabulary
+    out: str = "out/sft"           # folder for the checkpoint and metrics
+    epochs: int = 3                # LIMA: 15; InstructGPT: 16
+    lr: float = 1e-3               # peak; LIMA: 1e-5 for 65 B parameters
+    final_lr: float = 0.1          # share of the peak at the end, linear decay (LIMA)
+    warmup: int = 0                # steps (LIMA: none)
+    batch_size: int = 32           # conversations a step (LIMA: 32, or 64 for smaller models)
+    micro_batch: int = 0           # conversations a forward pass; 0: all of the step's at once
+    weight_decay: float = 0.1      # LIMA
+    dropout: float = 0.0           # residual dropout of the last block, rising linearly from the first (LIMA: 0.3)
+    max_norm: float = 1.0          # gradient clipping
+    seed: int = 1
+    device: str = "auto"           # auto, cpu, cuda, …
+    dtype: str = "auto"            # auto, float32, bfloat16
+
+
+PRESETS = {"tinytown": dict(epochs=3, lr=1e-3, batch_size=64),
+           "lima": dict(epochs=15, lr=1e-5, final_lr=0.1, warmup=0, batch_size=32, weight_decay=0.1, dropout=0.3)}
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Mean negative log-likelihood of response tokens, in nats: −Σ mask·logprob / Σ mask. Scalar.
+
+    logprobs (B, T): log π(x_t | x_<t). mask (B, T): 1 = response token, end token included. One division by the tokens
+    of the whole batch, so long responses weigh more than short ones; an all-zero mask gives 0.
+    """
+    return -masked_mean(logprobs, mask)
+
+
+@torch.no_grad()
+def evaluate(model: GPT, rows: list[Row], pad: int, device, batch_size: int = 64) -> float:
+    """SFT loss over all rows, nats per response token."""
+    model.eval()
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    total, count = 0.0, 0
+    for start in range(0, len(ordered), batch_size):
+        tokens, mask, _ = pad_rows(ordered[start:start + batch_size], pad, device)
+        total += sft_loss(model.logprobs(tokens, mask)[0], mask).item() * mask.sum().item()
+        count += mask.sum().item()
+    model.train()
+    return total / count
+
+
+def train(config: Config) -> dict:
+    """Fine-tune and save. Returns the final metrics: val_loss (nats per response token), seconds, tokens_per_second."""
+    check_range(config, epochs=(1, 10**4), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6), dropout=(0, 0.99))
+    if not config.data:
+        raise InputError("--data: name one or more files of demonstrations")
+    machine = setup(config)
+    model, tokenizer = load_gpt(config.init, config.dropout)
+    model.to(machine.device).train()
+    rows = demonstration_rows(read_demonstrations(*config.data), tokenizer, model.config.block_size)
+    if config.val:
+        val_rows = demonstration_rows(read_demonstrations(config.val), tokenizer, model.config.block_size)
+    else:
+        rows, val_rows = [row for i, row in enumerate(rows) if i % 20 or len(rows) == 1], rows[::20]
+    lengths = [len(tokens) for tokens, _ in rows]
+    draw = random.Random(config.seed)
+    batches = [batch for _ in range(config.epochs) for batch in buckets(lengths, config.batch_size, draw)]
+    optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
+    log = Log(config.out, len(batches), "sft")
+
+    for step, batch in enumerate(batches):
+        targets = sum(sum(rows[i][1]) for i in batch)                     # response tokens in the whole step
+        micro = config.micro_batch or len(batch)
+        step_loss = 0.0
+        for start in range(0, len(batch), micro):
+            tokens, mask, _ = pad_rows([rows[i] for i in batch[start:start + micro]], tokenizer.pad, machine.device)
+            with machine.autocast():
+                logprobs, _ = model.logprobs(tokens, mask)                                  # (B, T)
+                loss = sft_loss(logprobs, mask) * (mask.sum() / targets)  # sums over micro-batches to one mean
+            loss.backward()
+            step_loss += loss.item()
+            log.tokens += tokens.numel()
+        lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr, shape="linear")
+        norm = optimizer_step(optimizer, lr, config.max_norm)
+        log.write(step + 1, show=("loss",), loss=step_loss, lr=lr, grad_norm=norm)
+        log.bar.update()
+
+    with machine.autocast():
+        val_loss = evaluate(model, val_rows, tokenizer.pad, machine.device)
+    save_checkpoint(config.out, model, "language model", config, tokenizer=tokenizer.name)
+    return log.close(val_loss=round(val_loss, 4))
+
+
+if __name__ == "__main__":
+    main(train, Config, PRESETS)
