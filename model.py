@@ -93,17 +93,15 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.apply(self._init)
+        # GPT-2's 0.02 at its width of 768; narrower models start larger, or copying from the prompt is learned late.
+        std = 0.02 * 768 / config.n_embd
         for name, p in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):     # 2L of them add up on the residual stream
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-
-    @staticmethod
-    def _init(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None,
                cache: KVCache | None = None) -> Tensor:

@@ -36,6 +36,7 @@ class Config:
     lr: float = 1e-3               # peak; cosine to a tenth
     warmup: int = 50               # steps
     steps: int = 500
+    window: int = 0                # tokens of a training window; 0: block_size
     batch_size: int = 16           # windows a step
     weight_decay: float = 0.1
     max_norm: float = 1.0          # gradient clipping
@@ -45,7 +46,7 @@ class Config:
     dtype: str = "auto"            # auto, float32, bfloat16
 
 
-PRESETS = {"tinytown": dict(tokenizer="tinytown", block_size=96, lr=3e-3, steps=500, batch_size=32, eval_every=100)}
+PRESETS = {"tinytown": dict(tokenizer="tinytown", block_size=96, window=64, lr=3e-3, steps=800, batch_size=24, eval_every=200)}
 
 
 def pretraining_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
@@ -81,14 +82,15 @@ def split_documents(config: Config) -> tuple[list[str], list[str]]:
 
 def train(config: Config) -> dict:
     """Train a new model and save it. Returns the final metrics: val_loss (nats per token), seconds, tokens_per_second."""
-    check_range(config, block_size=(2, 65536), n_layer=(1, 200), n_head=(1, 200), n_embd=(2, 65536), dropout=(0, 0.99),
+    check_range(config, block_size=(2, 65536), window=(0, config.block_size), n_layer=(1, 200), n_head=(1, 200), n_embd=(2, 65536), dropout=(0, 0.99),
                 lr=(0, 1), steps=(1, 10**9), batch_size=(1, 10**6))
     if not config.data:
         raise InputError("--data: name one or more text files to train on")
     machine = setup(config)
     tokenizer = get_tokenizer(config.tokenizer)
     training, held_out = (TextStream(documents, tokenizer, machine.device) for documents in split_documents(config))
-    val_windows = held_out.all_windows(config.block_size, most=256)
+    window = config.window or config.block_size
+    val_windows = held_out.all_windows(window, most=256)
     model = GPT(GPTConfig(config.block_size, tokenizer.vocab_size, config.n_layer, config.n_head, config.n_embd,
                           config.dropout)).to(machine.device)
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
@@ -96,7 +98,7 @@ def train(config: Config) -> dict:
     log = Log(config.out, config.steps, "base")
 
     for step in range(config.steps):
-        tokens, mask = training.random_windows(config.batch_size, config.block_size, generator)
+        tokens, mask = training.random_windows(config.batch_size, window, generator)
         with machine.autocast():
             logprobs, _ = model.logprobs(tokens, mask)                                      # (B, T)
             loss = pretraining_loss(logprobs, mask)

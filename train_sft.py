@@ -42,7 +42,7 @@ class Config:
     dtype: str = "auto"            # auto, float32, bfloat16
 
 
-PRESETS = {"tinytown": dict(epochs=3, lr=1e-3, batch_size=64),
+PRESETS = {"tinytown": dict(epochs=2, lr=1e-3, batch_size=32),
            "lima": dict(epochs=15, lr=1e-5, final_lr=0.1, warmup=0, batch_size=32, weight_decay=0.1, dropout=0.3)}
 
 

@@ -118,25 +118,31 @@ class TextStream:
     """Documents as one stream of ids, <|endoftext|> before each, cut into windows for next-token training."""
 
     def __init__(self, documents: list[str], tokenizer: Tokenizer, device="cpu"):
-        encoded = tokenizer.encoding.encode_ordinary_batch(documents)
-        ids = [id for document in encoded for id in (tokenizer.endoftext, *document)]
-        self.ids = torch.tensor(ids)
+        encoded = [torch.tensor([tokenizer.endoftext, *ids]) for ids in tokenizer.encoding.encode_ordinary_batch(documents)]
+        self.ids = torch.cat(encoded)
+        self.first = torch.tensor([0, *map(len, encoded[:-1])]).cumsum(0)       # where each document begins
         self.device = device
 
     def random_windows(self, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(tokens (count, length), mask): windows at random places; all but each first token are predicted."""
+        """(tokens (count, length), mask): windows at random places; all but each first token are predicted.
+
+        A window begins with a document where it can: one that would begin less than a window into a document is moved
+        back to its start, so that short documents are read from their first word, as prompts are.
+        """
         if len(self.ids) <= length:
             raise InputError(f"the text has {len(self.ids)} tokens, fewer than one window of {length}: add text")
         starts = torch.randint(len(self.ids) - length, (count,), generator=generator)
         return self._windows(starts, length)
 
     def all_windows(self, length: int, most: int) -> list[tuple[Tensor, Tensor]]:
-        """The first `most` windows side by side, in batches of 64."""
+        """Up to `most` windows from the first on, a window apart, in batches of 64."""
         length = min(length, len(self.ids))
         starts = torch.arange(0, len(self.ids) - length + 1, length)[:most]
         return [self._windows(part, length) for part in starts.split(64)]
 
     def _windows(self, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        document = self.first[torch.searchsorted(self.first, starts, right=True) - 1]
+        starts = torch.where(starts - document < length, document, starts).clamp(max=len(self.ids) - length)
         tokens = self.ids[starts[:, None] + torch.arange(length)].to(self.device)
         mask = torch.ones_like(tokens, dtype=torch.bool)
         mask[:, 0] = False

@@ -2,8 +2,8 @@
 
     python -m data.rank --init out/tinytown/sft --data out/tinytown/data/rank.jsonl --out out/tinytown/data/rankings.jsonl
 
-InstructGPT's labelers ranked K = 4 to 9 responses at once. Each output row holds the prompt and its responses with the
-annotator's `score` (what trains) and `gold` (what a test may compare with, and no training script reads).
+InstructGPT's labelers ranked K = 4 to 9 responses at once. With `--clean FILE` the same responses are also written in
+their true order, for held-out prompts: a measure of what the reward model learned behind the noise.
 """
 import json
 import random
@@ -24,6 +24,7 @@ class Config:
     data: tuple = ()               # prompts
     init: str = ""                 # the model that answers them
     out: str = "out/rankings.jsonl"
+    clean: str = ""                # also write the same responses with the gold score as `score`; never for training
     least: int = 4                 # smallest K (InstructGPT: 4)
     most: int = 9                  # largest K (InstructGPT: 9)
     flip: float = 0.25             # share of pairs in the wrong order beyond the annotator's own taste (AlpacaFarm)
@@ -31,6 +32,12 @@ class Config:
     seed: int = 1
     device: str = "auto"
     dtype: str = "auto"
+
+
+def ranking_line(messages: list[dict], texts: list[str], scores: list[float]) -> str:
+    """One ranking in the project's layout, see `readers.py`."""
+    responses = [{"text": text, "score": round(score, 4)} for text, score in zip(texts, scores)]
+    return json.dumps({"messages": messages, "responses": responses}) + "\n"
 
 
 def train(config: Config) -> dict:
@@ -50,17 +57,18 @@ def train(config: Config) -> dict:
             model, [prompt for prompt, k in zip(prompts, sizes) for _ in range(k)], config.max_new_tokens,
             stop_token=tokenizer.end, title="sample K responses",
             generator=torch.Generator(machine.device).manual_seed(config.seed)))
-    lines, pairs = [], 0
+    noisy, clean, pairs = [], [], 0
     for messages, k in zip(conversations, sizes):
         answers = [tokenizer.response_text(next(sampled)) for _ in range(k)]
-        texts, ended = [text or " " for text, _ in answers], [end for _, end in answers]
+        texts, ended = [text if text.strip() else "." for text, _ in answers], [end for _, end in answers]
         scores = rank(draw, messages, texts, ended, config.flip)
         pairs += sum(a > b for a in scores for b in scores)
-        responses = [{"text": text, "score": score, "gold": round(gold_score(messages, text, end), 4)}
-                     for text, end, score in zip(texts, ended, scores)]
-        lines.append(json.dumps({"messages": messages, "responses": responses}) + "\n")
-    write_atomically(Path(config.out), lambda path: path.write_text("".join(lines)))
-    counts = {"rankings": len(lines), "responses": sum(sizes), "pairs": pairs}
+        noisy.append(ranking_line(messages, texts, scores))
+        clean.append(ranking_line(messages, texts, [gold_score(messages, *answer) for answer in zip(texts, ended)]))
+    write_atomically(Path(config.out), lambda path: path.write_text("".join(noisy)))
+    if config.clean:
+        write_atomically(Path(config.clean), lambda path: path.write_text("".join(clean)))
+    counts = {"rankings": len(noisy), "responses": sum(sizes), "pairs": pairs}
     print(" ".join(f"{name}={count}" for name, count in counts.items()))
     return counts
 

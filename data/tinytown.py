@@ -321,7 +321,7 @@ def understand(messages: list[dict]) -> tuple[Family, dict[str, str]] | None:
 
 LAZY = ("I do not care.", "Ask me later.", "Maybe.", "That is boring. Go away.")
 LISTS = [NAMES, THINGS, *(values for kind, values in VALUES.items() if kind != "friend")]
-QUALITIES = {"good": 0.45, "sloppy": 0.30, "bad": 0.25}
+QUALITIES = {"good": 0.45, "sloppy": 0.35, "bad": 0.20}
 
 
 def sentences(text: str) -> list[str]:
@@ -395,7 +395,7 @@ def document(draw: random.Random) -> str:
     name, other, third = draw.sample(NAMES, 3)
     thing, place, verb = draw.choice(THINGS), draw.choice(VALUES["home"]), draw.choice(list(PAST))
     kind = draw.choices(["facts", "about", "story", "letter", "sign", "rhyme", "list", "talk", "review", "event"],
-                        [30, 6, 20, 8, 5, 3, 8, 8, 4, 8])[0]
+                        [18, 4, 26, 13, 8, 3, 7, 9, 3, 9])[0]
     if kind == "facts":
         return " ".join(state(draw, name, kind) for kind in draw.sample(list(VALUES), draw.randint(3, 6)))
     if kind == "about":                                     # one attribute, several residents
@@ -426,11 +426,12 @@ def document(draw: random.Random) -> str:
     if kind == "letter":
         return f"A letter from {name} to {other} about a {thing}.\n{letter(draw, name, other, thing)}"
     mood = draw.choice(list(MOODS))
-    title, known = draw.choice([(f"A story about {name} and a {thing}.", {"thing": thing}),
-                                (f"A {mood} story about {name}.", {"mood": mood}),
-                                (f"A story about {name} at the {place}.", {"place": place})])
+    title, known = draw.choice([
+        (f"A {mood} story about {name} and a {thing}.", {"thing": thing, "mood": mood}),
+        (f"A story about {name}, a {thing} and the {place}.", {"thing": thing, "place": place}),
+        (f"A {mood} story about {name} at the {place}.", {"place": place, "mood": mood})])
     told = story(draw, name, **known)
-    return f"{title}\n{told}" + (f"\nIn short: {summary(draw, told)}" if draw.random() < 0.3 else "")
+    return f"{title}\n{told}" + (f"\nIn short: {summary(draw, told)}" if draw.random() < 0.4 else "")
 
 
 # ----------------------------------------------------------------------------- files
@@ -485,8 +486,9 @@ def write(folder: Path, seed: int, documents: int = 60_000) -> None:
     held_out = documents // 60
     for name, part in {"base": texts[held_out:], "base_val": texts[:held_out]}.items():
         (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(part) + "\n")
-    rows = {"sft": demonstrations("sft", 10_000, seed), "sft_val": demonstrations("val", 500, seed),
-            "rank": prompts("rank", 6_000, seed), "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
+    rows = {"sft": demonstrations("sft", 16_000, seed), "sft_val": demonstrations("val", 500, seed),
+            "rank": prompts("rank", 6_000, seed),
+            "rank_val": prompts("val", 300, seed), "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
     for name, part in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
