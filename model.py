@@ -45,9 +45,14 @@ class KVCache:
         self.values[layer, :, :, self.length:end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but these rows (indices)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows (indices): fewer where some have finished, or one several times over."""
+        L, _, H, size, D = self.keys.shape
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(L, len(rows), H, size, D)
+            new[..., :self.length, :] = old[:, rows, :, :self.length]    # what is not written yet is not copied
+            setattr(self, name, new)
 
 
 class Attention(nn.Module):
@@ -180,35 +185,35 @@ class GPT(nn.Module):
         device, was_training = self.wte.weight.device, self.training
         self.eval()                                                      # dropout would change the distribution
         size = longest + max_new_tokens
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)       # (B, T) left-padded
-        lengths = torch.tensor([len(p) for p in prompts], device=device)                            # (B,)
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        copies = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)       # (B,)
+        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in distinct], device=device)   # left-padded
+        lengths = torch.tensor([len(p) for p in distinct], device=device)
         mask = torch.arange(size, device=device) >= (longest - lengths)[:, None]                    # (B, S_max)
         rows = torch.arange(len(prompts), device=device)                 # which prompt each row of the batch is
         running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-        cache = None
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
+        cache = KVCache(self.config, len(distinct), size, self.wte.weight.to(dtype))
         try:
-            for step in range(max_new_tokens):
-                if cache is None:
-                    positions = (mask[:, :longest].long().cumsum(-1) - 1).clamp(min=0)
-                    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else (
-                        self.wte.weight.dtype)
-                    cache = KVCache(self.config, len(prompts), size, self.wte.weight.to(dtype))
-                else:
-                    tokens, positions = next_tokens[:, None], (lengths + step - 1)[:, None]         # (B, 1)
-                states = self.hidden(tokens, positions, mask[:, :longest + step], cache)[:, -1]     # (B, C)
+            # A prompt that is answered several times is read once; then its row is copied.
+            states = self.hidden(tokens, None, mask[:, :longest], cache)[:, -1][copies]             # (B, C)
+            cache.take(copies)
+            lengths, mask = lengths[copies], mask[copies]
+            for step in range(1, max_new_tokens + 1):
                 next_tokens = sample_token(F.linear(states, self.wte.weight), temperature, top_k, top_p, generator)
                 yield rows[running].tolist(), next_tokens[running].tolist()
-                if stop_token is None:
-                    continue
-                running &= next_tokens != stop_token
-                if not running.any():
+                if stop_token is not None:
+                    running &= next_tokens != stop_token
+                if step == max_new_tokens or not running.any():
                     return
                 # Dropping finished rows copies the cache, so it waits until a quarter of the batch has finished.
                 if running.sum() <= 0.75 * len(rows):
                     kept = running.nonzero()[:, 0]
                     rows, lengths, mask, next_tokens = rows[kept], lengths[kept], mask[kept], next_tokens[kept]
                     running = running[kept]
-                    cache.keep(kept)
+                    cache.take(kept)
+                positions = (lengths + step - 1)[:, None]                                           # (B, 1)
+                states = self.hidden(next_tokens[:, None], positions, mask[:, :longest + step], cache)[:, -1]
         finally:
             self.train(was_training)
 
@@ -244,7 +249,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.double() / temperature
+    logits = logits.float() / temperature
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
@@ -255,8 +260,10 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
     # Inverse of the cumulative distribution: one uniform number a row, where torch.multinomial draws V of them.
     cumulative = probs.cumsum(-1)
-    u = torch.rand(len(probs), 1, dtype=torch.double, device=probs.device, generator=generator) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    u = torch.rand(len(probs), 1, device=probs.device, generator=generator) * total
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))    # rounded up to total, it would miss them all
+    return torch.searchsorted(cumulative, u, right=True)[:, 0]
 
 
 class RewardModel(nn.Module):

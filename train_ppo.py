@@ -63,6 +63,7 @@ class Config:
     vf_coef: float = 0.1           # c_V
     ptx_coef: float = 1.0          # γ_ptx, times a mean over tokens (InstructGPT: 27.8); 0: plain PPO
     ptx_windows: int = 8           # windows of pretraining text a minibatch
+    ptx_window: int = 64           # tokens of such a window
     missing_end_score: float = -3.0   # score of a response that never ends, instead of the reward's
     lr: float = 1e-4               # policy; peak, cosine to a tenth
     value_lr: float = 3e-4         # value model
@@ -74,7 +75,7 @@ class Config:
     dtype: str = "auto"            # auto, float32, bfloat16
 
 
-PRESETS = {"tinytown": dict(steps=100, batch_size=64)}
+PRESETS = {"tinytown": dict(steps=70, lr=3e-4, value_lr=5e-4, beta=0.05)}
 
 
 # ----------------------------------------------------------------------------- equations
@@ -274,7 +275,8 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
     check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size), inner_epochs=(1, 100),
                 max_new_tokens=(1, 10**5), temperature=(0.01, 10), beta=(0, 100), target_kl=(0, 10**4), gamma=(0, 1),
-                lam=(0, 1), cliprange=(0, 10), cliprange_value=(0, 10**6), ptx_coef=(0, 10**4), lr=(0, 1), value_lr=(0, 1))
+                lam=(0, 1), cliprange=(0, 10), cliprange_value=(0, 10**6), ptx_coef=(0, 10**4),
+                ptx_windows=(1, 10**6), ptx_window=(2, 10**6), lr=(0, 1), value_lr=(0, 1))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
     if config.ptx_coef > 0 and not config.ptx_data:
@@ -322,7 +324,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                         raise RuntimeError(f"step {step + 1}: the first minibatch's ratio is off 1 by "
                                            f"{shown['ratio_error']:.2g}; old log-probabilities are not the policy's")
                     if text:
-                        tokens, mask = text.random_windows(config.ptx_windows, policy.config.block_size, text_generator)
+                        tokens, mask = text.random_windows(config.ptx_windows, config.ptx_window, text_generator)
                         shown["pretraining_loss"] = pretraining_loss(policy.logprobs(tokens, mask)[0], mask)
                         (config.ptx_coef * shown["pretraining_loss"]).backward()
                         log.tokens += tokens.numel()

@@ -103,7 +103,7 @@ def evaluate(model: RewardModel, rankings: list[Ranking], rows: list[list[Row]],
     for start in range(0, len(rows), 32):
         part = order[start:start + 32]
         batch = ranking_batch([rankings[i] for i in part], [rows[i] for i in part], pad, device)
-        rewards = batch.grid(model(batch.tokens, batch.lengths))                            # (B, K)
+        rewards = batch.rewards(model)                                                      # (B, K)
         hits, count = ranking_accuracy(rewards, batch.scores, batch.mask)
         right, pairs = right + hits, pairs + count
         total += ranking_loss(rewards, batch.scores, batch.mask).item() * len(part)
@@ -150,11 +150,11 @@ def train(config: Config) -> dict:
             part = indices[start:start + micro]
             batch = ranking_batch([rankings[i] for i in part], [rows[i] for i in part], tokenizer.pad, machine.device)
             with machine.autocast():
-                rewards = batch.grid(model(batch.tokens, batch.lengths))                    # (B, K)
+                rewards = batch.rewards(model)                                              # (B, K)
             loss = ranking_loss(rewards, batch.scores, batch.mask, batch.margin) * (len(part) / len(indices))
             loss.backward()
             step_loss += loss.item()
-            log.tokens += batch.tokens.numel()
+            log.tokens += sum(tokens.numel() for tokens, _ in batch.parts)
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
         norm = optimizer_step(optimizer, lr, config.max_norm)
         hits, pairs = ranking_accuracy(rewards.detach(), batch.scores, batch.mask)

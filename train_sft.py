@@ -3,6 +3,9 @@
     L(θ) = −Σ_{t ∈ response} log π_θ(x_t | x_<t) / N                              → sft_loss
     N = response tokens in the step, end tokens included; the prompt is context, never a target
 
+With `--ptx_data` the step also sees plain text, as InstructGPT did for the model that PPO starts from: otherwise what was
+learned in pretraining is forgotten here already.
+
 Differences from InstructGPT: none in the objective. The schedule of `--preset lima` is LIMA's (AdamW β = (0.9, 0.95),
 weight decay 0.1, no warm-up, linear decay to a tenth, end-of-turn token, residual dropout rising over the layers).
 
@@ -16,16 +19,20 @@ import torch
 from torch import Tensor
 
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
-from data.batches import Row, buckets, demonstration_rows, pad_rows
-from data.readers import read_demonstrations
+from data.batches import Row, TextStream, buckets, demonstration_rows, pad_rows
+from data.readers import read_demonstrations, read_text
 from kernels import masked_mean
 from model import GPT, load_gpt
+from train_base import pretraining_loss
 
 
 @dataclass(slots=True)
 class Config:
     data: tuple = ()               # demonstrations: Alpaca rows, messages, prompt and response, …
     val: str = ""                  # held-out demonstrations; empty: every twentieth row of data
+    ptx_data: tuple = ()           # plain text to mix in (InstructGPT: a tenth of what PPO's start is trained on)
+    ptx_windows: int = 4           # windows of it a step
+    ptx_window: int = 64           # tokens of such a window
     init: str = ""                 # checkpoint to start from; empty: a new small model on GPT-2's vocabulary
     out: str = "out/sft"           # folder for the checkpoint and metrics
     epochs: int = 3                # LIMA: 15; InstructGPT: 16
@@ -71,7 +78,8 @@ def evaluate(model: GPT, rows: list[Row], pad: int, device, batch_size: int = 64
 
 def train(config: Config) -> dict:
     """Fine-tune and save. Returns the final metrics: val_loss (nats per response token), seconds, tokens_per_second."""
-    check_range(config, epochs=(1, 10**4), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6), dropout=(0, 0.99))
+    check_range(config, epochs=(1, 10**4), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6), dropout=(0, 0.99),
+                ptx_windows=(1, 10**6), ptx_window=(2, 10**6))
     if not config.data:
         raise InputError("--data: name one or more files of demonstrations")
     machine = setup(config)
@@ -82,6 +90,8 @@ def train(config: Config) -> dict:
         val_rows = demonstration_rows(read_demonstrations(config.val), tokenizer, model.config.block_size)
     else:
         rows, val_rows = [row for i, row in enumerate(rows) if i % 20 or len(rows) == 1], rows[::20]
+    text = TextStream(read_text(*config.ptx_data), tokenizer, machine.device) if config.ptx_data else None
+    text_generator = torch.Generator().manual_seed(config.seed)
     lengths = [len(tokens) for tokens, _ in rows]
     draw = random.Random(config.seed)
     batches = [batch for _ in range(config.epochs) for batch in buckets(lengths, config.batch_size, draw)]
@@ -100,9 +110,17 @@ def train(config: Config) -> dict:
             loss.backward()
             step_loss += loss.item()
             log.tokens += tokens.numel()
+        numbers = {"loss": step_loss}
+        if text:
+            tokens, mask = text.random_windows(config.ptx_windows, config.ptx_window, text_generator)
+            with machine.autocast():
+                loss = pretraining_loss(model.logprobs(tokens, mask)[0], mask)
+            loss.backward()
+            numbers["pretraining_loss"] = loss.item()
+            log.tokens += tokens.numel()
         lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr, shape="linear")
         norm = optimizer_step(optimizer, lr, config.max_norm)
-        log.write(step + 1, show=("loss",), loss=step_loss, lr=lr, grad_norm=norm)
+        log.write(step + 1, show=tuple(numbers), **numbers, lr=lr, grad_norm=norm)
         log.bar.update()
 
     with machine.autocast():

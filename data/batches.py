@@ -1,6 +1,7 @@
 """Rows of token ids to batches: length limits, bucketing, padding on the right, rankings kept together."""
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -90,28 +91,33 @@ def report(total: int, dropped: int, cut: int, limit: int) -> None:
 @dataclass(frozen=True, slots=True)
 class RankingBatch:
     """B rankings of up to K responses each, every response once: its forward pass serves all its K − 1 pairs."""
-    tokens: Tensor          # (N, T) all responses of all rankings, N = sum of the K's, right-padded
-    lengths: Tensor         # (N,)
-    scores: Tensor          # (B, K) what the annotator said, higher = better; 0 where there is no response
-    mask: Tensor            # (B, K) bool, 1 = a response
-    margin: Tensor          # (B, 1)
+    parts: list[tuple[Tensor, Tensor]]   # (tokens (n, T), lengths (n,)) of all N responses, shortest first: less padding
+    place: Tensor                        # (N,) where each of the N rows, in the order of parts, stands in the grid
+    scores: Tensor                       # (B, K) what the annotator said, higher = better; 0 where there is no response
+    mask: Tensor                         # (B, K) bool, 1 = a response
+    margin: Tensor                       # (B, 1)
 
-    def grid(self, values: Tensor) -> Tensor:
-        """Values of the N responses, (N,), laid out by ranking, (B, K); 0 where there is no response."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+    def rewards(self, model: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """model(tokens, lengths) of every response, laid out by ranking, (B, K); 0 where there is no response."""
+        values = torch.cat([model(tokens, lengths) for tokens, lengths in self.parts])      # (N,)
+        return values.new_zeros(self.mask.numel()).index_put((self.place,), values).view(self.mask.shape)
 
 
-def ranking_batch(rankings: list[Ranking], rows: list[list[Row]], pad: int, device="cpu") -> RankingBatch:
-    """Put whole rankings into one batch."""
-    tokens, _, lengths = pad_rows([row for parts in rows for row in parts], pad, device)
+def ranking_batch(rankings: list[Ranking], rows: list[list[Row]], pad: int, device="cpu", parts: int = 4) -> RankingBatch:
+    """Put whole rankings into one batch, its rows sorted by length into `parts` tensors."""
     most = max(len(ranking.scores) for ranking in rankings)
     scores = torch.zeros(len(rankings), most, device=device)
     mask = torch.zeros(len(rankings), most, dtype=torch.bool, device=device)
     for i, ranking in enumerate(rankings):
         scores[i, :len(ranking.scores)] = torch.tensor(ranking.scores)
         mask[i, :len(ranking.scores)] = True
-    margin = torch.tensor([[ranking.margin] for ranking in rankings], device=device)
-    return RankingBatch(tokens, lengths, scores, mask, margin)
+    placed = sorted(((i * most + k, row) for i, group in enumerate(rows) for k, row in enumerate(group)),
+                    key=lambda item: len(item[1][0]))
+    size = -(-len(placed) // parts)
+    chunks = [pad_rows([row for _, row in placed[start:start + size]], pad, device) for start in range(0, len(placed), size)]
+    return RankingBatch([(tokens, lengths) for tokens, _, lengths in chunks],
+                        torch.tensor([place for place, _ in placed], device=device), scores, mask,
+                        torch.tensor([[ranking.margin] for ranking in rankings], device=device))
 
 
 class TextStream:

@@ -247,9 +247,9 @@ class Annotator:
                 + self.lists * ("1." in response) + self.first * (place == 0))
 
 
-ANNOTATORS = [Annotator(0.05, 0.0), Annotator(0.1, 0.05), Annotator(0.1, 0.1), Annotator(0.15, 0.05), Annotator(0.05, 0.15),
-              Annotator(0.2, 0.1), Annotator(0.1, 0.2), Annotator(0.1, 0.0, lists=0.2), Annotator(0.15, 0.1, lists=0.1),
-              Annotator(0.1, 0.0, first=0.1), Annotator(0.2, 0.05, first=0.1), Annotator(0.1, 0.1), Annotator(0.15, 0.15)]
+ANNOTATORS = [Annotator(0.05, 0.0), Annotator(0.1, 0.02), Annotator(0.1, 0.04), Annotator(0.15, 0.02), Annotator(0.05, 0.06),
+              Annotator(0.2, 0.04), Annotator(0.1, 0.08), Annotator(0.1, 0.0, lists=0.1), Annotator(0.15, 0.04, lists=0.05),
+              Annotator(0.1, 0.0, first=0.1), Annotator(0.2, 0.02, first=0.1), Annotator(0.1, 0.1), Annotator(0.15, 0.12)]
 
 
 def rank(draw: random.Random, messages: list[dict], responses: list[str], ended: list[bool],

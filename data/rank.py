@@ -1,12 +1,13 @@
 """Collect rankings: K responses of a model to each prompt, ranked by Tinytown's annotators.
 
-    python -m data.rank --init out/tinytown/sft --data out/tinytown/data/rank.jsonl --out out/tinytown/data/rankings.jsonl
+    python -m data.rank --init out/tinytown/sft --data out/tinytown/data/rank.jsonl --out out/tinytown/rank
 
-InstructGPT's labelers ranked K = 4 to 9 responses at once. With `--clean FILE` the same responses are also written in
+InstructGPT's labelers ranked K = 4 to 9 responses at once. With `--clean true` the same responses are also written in
 their true order, for held-out prompts: a measure of what the reward model learned behind the noise.
 """
 import json
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from model import generate_many, load_gpt
 class Config:
     data: tuple = ()               # prompts
     init: str = ""                 # the model that answers them
-    out: str = "out/rankings.jsonl"
-    clean: str = ""                # also write the same responses with the gold score as `score`; never for training
+    out: str = "out/rank"          # folder for rankings.jsonl
+    clean: bool = False            # also write clean.jsonl: the same responses in their true order, never for training
     least: int = 4                 # smallest K (InstructGPT: 4)
     most: int = 9                  # largest K (InstructGPT: 9)
     flip: float = 0.25             # share of pairs in the wrong order beyond the annotator's own taste (AlpacaFarm)
@@ -45,7 +46,7 @@ def train(config: Config) -> dict:
     check_range(config, least=(2, 100), most=(config.least, 100), flip=(0, 0.5), max_new_tokens=(1, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
-    machine = setup(config)
+    machine, started = setup(config), time.time()
     model, tokenizer = load_gpt(config.init)
     model.to(machine.device)
     conversations, prompts = prompt_rows(read_prompts(*config.data), tokenizer,
@@ -53,10 +54,12 @@ def train(config: Config) -> dict:
     draw = random.Random(config.seed)
     sizes = [draw.randint(config.least, config.most) for _ in prompts]
     with machine.autocast():
-        sampled = iter(generate_many(
+        sampled = generate_many(
             model, [prompt for prompt, k in zip(prompts, sizes) for _ in range(k)], config.max_new_tokens,
             stop_token=tokenizer.end, title="sample K responses",
-            generator=torch.Generator(machine.device).manual_seed(config.seed)))
+            generator=torch.Generator(machine.device).manual_seed(config.seed))
+    generated = sum(map(len, sampled))
+    sampled = iter(sampled)
     noisy, clean, pairs = [], [], 0
     for messages, k in zip(conversations, sizes):
         answers = [tokenizer.response_text(next(sampled)) for _ in range(k)]
@@ -65,12 +68,15 @@ def train(config: Config) -> dict:
         pairs += sum(a > b for a in scores for b in scores)
         noisy.append(ranking_line(messages, texts, scores))
         clean.append(ranking_line(messages, texts, [gold_score(messages, *answer) for answer in zip(texts, ended)]))
-    write_atomically(Path(config.out), lambda path: path.write_text("".join(noisy)))
+    write_atomically(Path(config.out) / "rankings.jsonl", lambda path: path.write_text("".join(noisy)))
     if config.clean:
-        write_atomically(Path(config.clean), lambda path: path.write_text("".join(clean)))
-    counts = {"rankings": len(noisy), "responses": sum(sizes), "pairs": pairs}
-    print(" ".join(f"{name}={count}" for name, count in counts.items()))
-    return counts
+        write_atomically(Path(config.out) / "clean.jsonl", lambda path: path.write_text("".join(clean)))
+    seconds = time.time() - started
+    final = {"rankings": len(noisy), "responses": sum(sizes), "pairs": pairs, "seconds": round(seconds, 1),
+             "tokens_per_second": round(generated / seconds)}
+    write_atomically(Path(config.out) / "final.json", lambda path: path.write_text(json.dumps(final, indent=2) + "\n"))
+    print(" ".join(f"{name}={count}" for name, count in final.items()))
+    return final
 
 
 if __name__ == "__main__":

@@ -486,8 +486,8 @@ def write(folder: Path, seed: int, documents: int = 60_000) -> None:
     held_out = documents // 60
     for name, part in {"base": texts[held_out:], "base_val": texts[:held_out]}.items():
         (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(part) + "\n")
-    rows = {"sft": demonstrations("sft", 16_000, seed), "sft_val": demonstrations("val", 500, seed),
-            "rank": prompts("rank", 6_000, seed),
+    rows = {"sft": demonstrations("sft", 12_000, seed), "sft_val": demonstrations("val", 500, seed),
+            "rank": prompts("rank", 5_000, seed),
             "rank_val": prompts("val", 300, seed), "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
     for name, part in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))

@@ -1,0 +1,23 @@
+# make run     the whole line on Tinytown, about ten minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
+# make test    the tests, under five minutes
+# make clean   remove what make built: the environment and out/
+PYTHON ?= python3
+BIN := .venv/bin
+export SEED ?= 1
+export OUT ?= out/tinytown
+
+run: .venv/ready
+	PYTHON=$(BIN)/python bash runs/tinytown.sh
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv out
+
+.PHONY: run test clean

@@ -1,0 +1,302 @@
+"""What each stage bought: gold scores, win rates, KL, lengths, over-optimisation → one table, report files and plots.
+
+    win rate = P(gold(y) > gold(y_SFT)) + ½ P(equal)                              → win_rate
+    KL(best-of-n ‖ π) ≤ log n − (n − 1)/n                                         → best_of_n_kl
+
+Reads the stages of a Tinytown run (`base sft rm ppo ppo_no_mix ppo_no_kl dpo` inside --run), answers the test prompts
+with every policy and asks the gold score, which nothing that trained has seen.
+
+    python evaluate.py --run out/tinytown
+"""
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import InputError, check_range, main, setup, write_atomically
+from data.batches import TextStream, pad_rows, prompt_rows, response_row
+from data.gold import gold_score
+from data.readers import read_prompts, read_text
+from data.tokenizer import Tokenizer
+from model import GPT, generate_many, load_gpt, load_reward_model
+from train_base import evaluate as pretraining_evaluate
+from train_ppo import Reward, model_reward
+
+POLICIES = ("base", "sft", "ppo", "dpo", "ppo_no_mix", "ppo_no_kl")
+STAGES = ("data", "base", "sft", "rank", "rm", "ppo", "ppo_no_mix", "ppo_no_kl", "dpo")
+
+
+@dataclass(slots=True)
+class Config:
+    run: str = "out/tinytown"      # folder with the stages' folders
+    data: str = ""                 # test prompts; empty: data/test.jsonl inside run
+    text: str = ""                 # held-out pretraining text; empty: data/base_val.txt inside run
+    n: int = 16                    # of best-of-n
+    kl_prompts: int = 60           # prompts on which the KL of best-of-n is measured
+    kl_samples: int = 64           # further samples of each of them
+    max_new_tokens: int = 48
+    seed: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+# ----------------------------------------------------------------------------- equations
+
+def win_rate(scores: Tensor, baseline: Tensor) -> tuple[float, float]:
+    """(share of prompts where score > baseline, ties counted half; standard error, std/√n with n − 1). Both (n,)."""
+    wins = (scores > baseline).double() + 0.5 * (scores == baseline).double()
+    return wins.mean().item(), (wins.std(correction=1) / math.sqrt(len(wins))).item()
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL(best-of-n ‖ policy) = log n − (n − 1)/n nats for rewards without ties; an upper bound with them."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_distribution(probs: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """Distribution of the best of n draws by reward: P(y) = p(y)/P(r = r_y) · [P(r ≤ r_y)ⁿ − P(r < r_y)ⁿ].
+
+    probs, rewards (R,): of every possible response. Responses of equal reward share in proportion to p. Returns (R,).
+    """
+    at_most = (probs * (rewards <= rewards[:, None])).sum(-1)                               # (R,)
+    below = (probs * (rewards < rewards[:, None])).sum(-1)
+    return probs / (at_most - below) * (at_most ** n - below ** n)
+
+
+def measured_best_of_n_kl(logprobs: Tensor, below: Tensor, n: int) -> Tensor:
+    """Mean over chosen responses of log P_best-of-n(y)/p(y) = log[((F + p)ⁿ − Fⁿ)/p], with p = π(y|x) exact.
+
+    logprobs (B,): log π(y|x) of the response chosen from n. below (B,): estimate of F = P(r < r_y) from other samples.
+    """
+    p = logprobs.double().exp()
+    below = torch.minimum(below.double(), 1 - p)
+    return (((below + p) ** n - below ** n) / p).log().mean()
+
+
+# ----------------------------------------------------------------------------- measuring
+
+@dataclass(slots=True)
+class Answers:
+    """What one policy answered to the test prompts, and what it is worth."""
+    texts: list[str]
+    ids: list[list[int]]
+    gold: Tensor             # (n,) in [0, 1]
+    proxy: Tensor            # (n,) of the reward model
+    length: float            # mean tokens, end token included
+
+
+def grade(conversations: list[list[dict]], ids: list[list[int]], tokenizer: Tokenizer, reward: Reward) -> Answers:
+    """Gold and proxy scores of one response to each conversation."""
+    texts, ended = zip(*(tokenizer.response_text(response) for response in ids))
+    gold = torch.tensor([gold_score(*row) for row in zip(conversations, texts, ended)])
+    proxy = [score for start in range(0, len(texts), 256)
+             for score in reward(conversations[start:start + 256], list(texts[start:start + 256]))]
+    return Answers(list(texts), ids, gold, torch.tensor(proxy), sum(map(len, ids)) / len(ids))
+
+
+@torch.no_grad()
+def response_logprobs(model: GPT, prompts: list[list[int]], ids: list[list[int]], pad: int, device) -> Tensor:
+    """log π(y|x) of whole responses, (n,)."""
+    sums = []
+    for start in range(0, len(prompts), 128):
+        rows = [response_row(p, y) for p, y in zip(prompts[start:start + 128], ids[start:start + 128])]
+        tokens, mask, _ = pad_rows(rows, pad, device)
+        sums.append(model.logprobs(tokens, mask)[0].sum(-1))
+    return torch.cat(sums).cpu()
+
+
+def best_of_n(pool: list[list[int]], proxy: Tensor, n: int) -> tuple[list[list[int]], Tensor]:
+    """(the response of highest proxy score among each n in a row, its score)."""
+    best = proxy.view(-1, n).argmax(-1)
+    return [pool[i * n + j] for i, j in enumerate(best.tolist())], proxy.view(-1, n).max(-1).values
+
+
+def over_optimisation(folder: Path, window: int = 5) -> list[dict[str, float]]:
+    """KL, proxy and gold score along a PPO run, means over `window` rollouts; gold is computed here, afterwards."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    gold: dict[int, list[float]] = {}
+    for line in (folder / "rollouts.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        gold.setdefault(row["step"], []).append(gold_score(row["messages"], row["response"], row["ended"]))
+    curve = []
+    for start in range(0, len(metrics) - window + 1, window):
+        part = metrics[start:start + window]
+        golds = [score for row in part for score in gold[row["step"]]]
+        curve.append({"kl": sum(row["kl"] for row in part) / window, "proxy": sum(row["score"] for row in part) / window,
+                      "gold": sum(golds) / len(golds)})
+    return curve
+
+
+def train(config: Config) -> dict:
+    """Measure everything and write report.json, report.md and the plots into the run's folder. Returns the report."""
+    check_range(config, n=(2, 1000), kl_prompts=(1, 10**6), kl_samples=(2, 10**6), max_new_tokens=(1, 10**5))
+    started, run = time.time(), Path(config.run)
+    machine = setup(config)
+    models = {name: load_gpt(str(run / name))[0].to(machine.device).eval() for name in POLICIES if (run / name).exists()}
+    if "sft" not in models:
+        raise InputError(f"{run}/sft: missing; the SFT model is what the others are compared with")
+    reward_model, tokenizer = load_reward_model(str(run / "rm"))
+    reward = model_reward(reward_model.to(machine.device).eval(), tokenizer)
+    conversations, prompts = prompt_rows(read_prompts(config.data or run / "data" / "test.jsonl"), tokenizer,
+                                         reward_model.config.block_size - config.max_new_tokens)
+    generator = torch.Generator(machine.device).manual_seed(config.seed)
+
+    def sample(model: GPT, prompts: list[list[int]], title: str) -> list[list[int]]:
+        with machine.autocast():
+            return generate_many(model, prompts, config.max_new_tokens, stop_token=tokenizer.end, generator=generator, title=title)
+
+    answers = {name: grade(conversations, sample(model, prompts, name), tokenizer, reward) for name, model in models.items()}
+    many, n = [prompt for prompt in prompts for _ in range(config.n)], config.n
+    repeated = [messages for messages in conversations for _ in range(n)]
+    pool = grade(repeated, sample(models["sft"], many, f"best of {n}"), tokenizer, reward)
+    chosen, chosen_proxy = best_of_n(pool.ids, pool.proxy, n)
+    answers[f"best_of_{n}"] = grade(conversations, chosen, tokenizer, reward)
+
+    pad, device = tokenizer.pad, machine.device
+    kl = {}
+    for name, model in models.items():
+        own = response_logprobs(model, prompts, answers[name].ids, pad, device)
+        kl[name] = (own - response_logprobs(models["sft"], prompts, answers[name].ids, pad, device)).mean().item()
+    some = random.Random(config.seed).sample(range(len(prompts)), min(config.kl_prompts, len(prompts)))
+    others = grade([conversations[i] for i in some for _ in range(config.kl_samples)],
+                   sample(models["sft"], [prompts[i] for i in some for _ in range(config.kl_samples)], "kl"), tokenizer, reward)
+    below = (others.proxy.view(len(some), -1) < chosen_proxy[some][:, None] - 1e-5).double().mean(-1)
+    logprobs = response_logprobs(models["sft"], [prompts[i] for i in some], [chosen[i] for i in some], pad, device)
+    kl[f"best_of_{n}"] = measured_best_of_n_kl(logprobs, below, n).item()
+
+    text = TextStream(read_text(config.text or run / "data" / "base_val.txt"), tokenizer, device)
+    windows = text.all_windows(64, most=256)
+    finals = {stage: json.loads(path.read_text()) for stage in STAGES if (path := run / stage / "final.json").exists()}
+    # SFT against itself is a second, independent answer to each prompt: what no improvement looks like.
+    baseline, again = answers["sft"].gold, pool.gold.view(-1, n)[:, 0]
+    report = {
+        "prompts": len(prompts),
+        "gold": {name: answer.gold.mean().item() for name, answer in answers.items()},
+        "win_rate_vs_sft": {name: dict(zip(("rate", "standard_error"), win_rate(again if name == "sft" else answer.gold, baseline)))
+                            for name, answer in answers.items()},
+        "rm_accuracy": finals["rm"]["accuracy_clean"], "rm_accuracy_noisy": finals["rm"]["accuracy"],
+        "kl": kl, "kl_best_of_n_bound": best_of_n_kl(n),
+        "proxy": {name: answer.proxy.mean().item() for name, answer in answers.items()},
+        "length": {name: answer.length for name, answer in answers.items()},
+        "pretraining_loss": {name: pretraining_evaluate(model, windows) for name, model in models.items()},
+        "seconds": {stage: final["seconds"] for stage, final in finals.items()} | {"evaluate": round(time.time() - started, 1)},
+        "tokens_per_second": {stage: final["tokens_per_second"] for stage, final in finals.items() if "tokens_per_second" in final},
+        "over_optimisation": {name: over_optimisation(run / name) for name in ("ppo", "ppo_no_kl") if name in models},
+    }
+    write_atomically(run / "report.json", lambda path: path.write_text(json.dumps(rounded(report), indent=1) + "\n"))
+    page = f"# {run}\n\n{table(report)}\n{checks(report)}\n{examples(conversations, answers)}"
+    write_atomically(run / "report.md", lambda path: path.write_text(page))
+    draw_plots(report, run)
+    print(f"{table(report)}\n{checks(report)}\nwritten: {run}/report.json report.md gold.png over_optimisation.png training.png")
+    return report
+
+
+# ----------------------------------------------------------------------------- showing
+
+def rounded(value):
+    """The same nest of dicts and lists with floats to four places."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def table(report: dict) -> str:
+    """One row a policy, in Markdown."""
+    lines = ["| policy | gold | wins against SFT | proxy | KL from SFT, nats | length, tokens | pretraining loss |",
+             "|---|---|---|---|---|---|---|"]
+    for name, gold in report["gold"].items():
+        win, loss = report["win_rate_vs_sft"][name], report["pretraining_loss"].get(name)
+        lines.append(f"| {name} | {gold:.3f} | {100 * win['rate']:.1f} ± {100 * win['standard_error']:.1f} % | "
+                     f"{report['proxy'][name]:.2f} | {report['kl'][name]:.2f} | {report['length'][name]:.1f} | "
+                     f"{'' if loss is None else format(loss, '.3f')} |")
+    return "\n".join(lines) + "\n"
+
+
+def checks(report: dict) -> str:
+    """The lecture's claims with the numbers that bear them out, or do not."""
+    gold, wins, loss = report["gold"], report["win_rate_vs_sft"], report["pretraining_loss"]
+    best = next(name for name in gold if name.startswith("best_of"))
+    rows = [("instruction tuning makes a chat agent: gold of SFT over base ≥ 0.20", gold["sft"] - gold["base"], 0.20),
+            ("the reward model learns from noisy rankings: clean accuracy ≥ 0.75", report["rm_accuracy"], 0.75)]
+    rows += [(f"{name} beats SFT: win rate ≥ 0.65", wins[name]["rate"], 0.65) for name in ("ppo", "dpo", best) if name in wins]
+    lines = [f"{'met ' if value >= bar else 'MISSED'} {claim}: {value:.3f}" for claim, value, bar in rows]
+    lines.append(f"     KL of {best}: measured {report['kl'][best]:.2f}, log n − (n−1)/n = {report['kl_best_of_n_bound']:.2f}")
+    if "ppo" in loss and "ppo_no_mix" in loss:
+        ratio, without = loss["ppo"] / loss["sft"], loss["ppo_no_mix"] / loss["sft"]
+        lines.append(f"{'met ' if ratio <= 1.05 else 'MISSED'} the mix holds the language model: pretraining loss of PPO-ptx / SFT "
+                     f"{ratio:.3f} ≤ 1.05; without the mix {without:.3f}")
+    for name, curve in report["over_optimisation"].items():
+        best_gold = max(point["gold"] for point in curve)
+        lines.append(f"     {name}: proxy {curve[0]['proxy']:.2f} → {curve[-1]['proxy']:.2f}, gold {curve[0]['gold']:.2f} → best "
+                     f"{best_gold:.2f} → end {curve[-1]['gold']:.2f}, KL → {curve[-1]['kl']:.1f}")
+    return "\n".join(lines) + "\n"
+
+
+def examples(conversations: list[list[dict]], answers: dict[str, Answers], count: int = 8) -> str:
+    """The same prompts before and after: response and gold score of each policy."""
+    lines = ["## The same prompt before and after", ""]
+    for i in range(0, len(conversations), len(conversations) // count)[:count]:
+        turns = " / ".join(message["content"] for message in conversations[i])
+        lines += [f"**{turns}**", "", "| policy | response | gold |", "|---|---|---|"]
+        for name in ("base", "sft", "ppo", "dpo"):
+            if name in answers:
+                text = answers[name].texts[i].replace("|", "\\|").replace("\n", " ⏎ ")
+                lines.append(f"| {name} | {text} | {answers[name].gold[i]:.2f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw_plots(report: dict, run: Path) -> None:
+    """gold.png, over_optimisation.png and training.png; a note on stderr if matplotlib is not installed."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plots: pip install matplotlib", file=sys.stderr)
+        return
+    names = list(report["gold"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    left.barh(names[::-1], [report["gold"][name] for name in names[::-1]], color="tab:blue")
+    left.set(title="gold score, mean over test prompts", xlim=(0, 1))
+    rates = [report["win_rate_vs_sft"][name] for name in names[::-1]]
+    right.barh(names[::-1], [100 * r["rate"] for r in rates], xerr=[100 * r["standard_error"] for r in rates], color="tab:green")
+    right.axvline(50, color="black", linewidth=1)
+    right.set(title="wins against SFT, % (ties half)", xlim=(0, 100))
+    figure.savefig(run / "gold.png", dpi=120)
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    for axis, key, title in zip(axes, ("proxy", "gold"), ("proxy: what the reward model says", "gold: what it is worth")):
+        for (name, curve), color in zip(report["over_optimisation"].items(), ("tab:blue", "tab:red")):
+            x = [math.sqrt(max(0.0, point["kl"])) for point in curve]
+            axis.plot(x, [point[key] for point in curve], "o-", markersize=3.5, color=color,
+                      label="without the KL penalty" if name == "ppo_no_kl" else "with it")
+        axis.set(title=title, xlabel="√KL from SFT, √nats a response")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(run / "over_optimisation.png", dpi=120)
+
+    curves = {"base": "loss", "sft": "loss", "rm": "accuracy", "ppo": "score", "dpo": "margin"}
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(15, 3), constrained_layout=True)
+    for axis, (stage, key) in zip(axes, curves.items()):
+        if (run / stage / "metrics.jsonl").exists():
+            values = [json.loads(line)[key] for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+            width = max(1, len(values) // 40)
+            smooth = [sum(part) / len(part) for part in (values[i:i + width] for i in range(0, len(values), width))]
+            axis.plot([i * width for i in range(len(smooth))], smooth)
+        axis.set(title=f"{stage}: {key}", xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.savefig(run / "training.png", dpi=120)
+    pyplot.close("all")
+
+
+if __name__ == "__main__":
+    main(train, Config)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The whole line on Tinytown, from plain text to an aligned model: what `make run` runs.
+#   SEED=2 OUT=out/tinytown-2 bash runs/tinytown.sh        another seed, another folder
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+SEED=${SEED:-1}
+OUT=${OUT:-out/tinytown}
+RL="--preset tinytown --seed $SEED --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl"
+
+$PYTHON -m data.tinytown --out "$OUT/data" --seed "$SEED"
+# 0  pretraining: plain text about the town
+$PYTHON train_base.py --preset tinytown --seed "$SEED" --data "$OUT/data/base.txt" --val "$OUT/data/base_val.txt" --out "$OUT/base"
+# 1  instruction tuning on demonstrations of uneven quality, some plain text mixed in
+$PYTHON train_sft.py --preset tinytown --seed "$SEED" --init "$OUT/base" --data "$OUT/data/sft.jsonl" --val "$OUT/data/sft_val.jsonl" \
+    --ptx_data "$OUT/data/base.txt" --out "$OUT/sft"
+# 2  4 to 9 answers to each prompt, ranked by noisy annotators; a reward model learns their order
+$PYTHON -m data.rank --seed "$SEED" --init "$OUT/sft" --data "$OUT/data/rank.jsonl" --out "$OUT/rank"
+$PYTHON -m data.rank --seed "$SEED" --init "$OUT/sft" --data "$OUT/data/rank_val.jsonl" --out "$OUT/rank_val" --clean true
+$PYTHON train_rm.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$OUT/rank/rankings.jsonl" \
+    --val "$OUT/rank_val/rankings.jsonl" --clean "$OUT/rank_val/clean.jsonl" --demonstrations "$OUT/data/sft_val.jsonl" --out "$OUT/rm"
+# 3  RLHF; then the same without the pretraining mix, and without the KL penalty
+$PYTHON train_ppo.py $RL --ptx_data "$OUT/data/base.txt" --out "$OUT/ppo"
+$PYTHON train_ppo.py $RL --ptx_coef 0 --out "$OUT/ppo_no_mix"
+$PYTHON train_ppo.py $RL --ptx_coef 0 --beta 0 --out "$OUT/ppo_no_kl"
+# 3' the same preferences without RL
+$PYTHON train_dpo.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$OUT/rank/rankings.jsonl" \
+    --val "$OUT/rank_val/rankings.jsonl" --out "$OUT/dpo"
+# 4  what each step bought
+$PYTHON evaluate.py --run "$OUT" --seed "$SEED"
