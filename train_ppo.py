@@ -89,7 +89,7 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor
     in variance. k1 is what the reward subtracts, so it is not clamped.
     """
     logratio = logprobs - ref_logprobs
-    return logratio, logratio.square() / 2, torch.exp(-logratio) - 1 + logratio
+    return logratio, logratio.square() / 2, torch.expm1(-logratio) + logratio
 
 
 def kl_penalized_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -132,6 +132,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     would pay or fine for every token survived.
     """
     mask = mask.bool()
+    x = torch.where(mask, x, 0.0)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean).square(), mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -156,6 +157,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
     All (B, T); mask 1 = response token. The larger error counts: clipping never makes the loss smaller.
     """
+    mask = mask.bool()
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     return 0.5 * masked_mean(torch.maximum((values - returns).square(), (clipped - returns).square()), mask)
 

@@ -98,7 +98,7 @@ def ranking_accuracy(rewards: Tensor, scores: Tensor, mask: Tensor) -> tuple[flo
 def evaluate(model: RewardModel, rankings: list[Ranking], rows: list[list[Row]], pad: int, device) -> dict:
     """{"accuracy": share of pairs in the given order, "loss": ranking loss} over all rankings."""
     model.eval()
-    right = pairs = total = 0.0
+    right = pairs = total = prompts = 0.0
     order = sorted(range(len(rows)), key=lambda i: max(len(tokens) for tokens, _ in rows[i]))
     for start in range(0, len(rows), 32):
         part = order[start:start + 32]
@@ -106,8 +106,9 @@ def evaluate(model: RewardModel, rankings: list[Ranking], rows: list[list[Row]],
         rewards = batch.rewards(model)                                                      # (B, K)
         hits, count = ranking_accuracy(rewards, batch.scores, batch.mask)
         right, pairs = right + hits, pairs + count
-        total += ranking_loss(rewards, batch.scores, batch.mask).item() * len(part)
-    return {"accuracy": right / max(1, pairs), "loss": total / len(rows)}
+        total += ranking_loss(rewards, batch.scores, batch.mask).item() * batch.untied
+        prompts += batch.untied
+    return {"accuracy": right / max(1, pairs), "loss": total / max(1, prompts)}
 
 
 @torch.no_grad()
@@ -145,19 +146,21 @@ def train(config: Config) -> dict:
 
     for step, indices in enumerate(batches):
         micro = config.micro_batch or len(indices)
-        step_loss = 0.0
-        for start in range(0, len(indices), micro):
-            part = indices[start:start + micro]
-            batch = ranking_batch([rankings[i] for i in part], [rows[i] for i in part], tokenizer.pad, machine.device)
+        step_loss, hits, pairs = 0.0, 0.0, 0
+        micro_batches = [ranking_batch([rankings[i] for i in part], [rows[i] for i in part], tokenizer.pad, machine.device)
+                         for part in (indices[start:start + micro] for start in range(0, len(indices), micro))]
+        untied = max(1, sum(batch.untied for batch in micro_batches))     # rankings in the step that hold a pair
+        for batch in micro_batches:
             with machine.autocast():
                 rewards = batch.rewards(model)                                              # (B, K)
-            loss = ranking_loss(rewards, batch.scores, batch.mask, batch.margin) * (len(part) / len(indices))
+            loss = ranking_loss(rewards, batch.scores, batch.mask, batch.margin) * (batch.untied / untied)
             loss.backward()
             step_loss += loss.item()
+            right, count = ranking_accuracy(rewards.detach(), batch.scores, batch.mask)
+            hits, pairs = hits + right, pairs + count
             log.tokens += sum(tokens.numel() for tokens, _ in batch.parts)
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
         norm = optimizer_step(optimizer, lr, config.max_norm)
-        hits, pairs = ranking_accuracy(rewards.detach(), batch.scores, batch.mask)
         log.write(step + 1, show=("loss", "accuracy"), loss=step_loss, accuracy=hits / max(1, pairs), lr=lr, grad_norm=norm)
         log.bar.update()
 

@@ -96,6 +96,7 @@ class RankingBatch:
     scores: Tensor                       # (B, K) what the annotator said, higher = better; 0 where there is no response
     mask: Tensor                         # (B, K) bool, 1 = a response
     margin: Tensor                       # (B, 1)
+    untied: int                          # rankings that hold at least one pair
 
     def rewards(self, model: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """model(tokens, lengths) of every response, laid out by ranking, (B, K); 0 where there is no response."""
@@ -117,7 +118,8 @@ def ranking_batch(rankings: list[Ranking], rows: list[list[Row]], pad: int, devi
     chunks = [pad_rows([row for _, row in placed[start:start + size]], pad, device) for start in range(0, len(placed), size)]
     return RankingBatch([(tokens, lengths) for tokens, _, lengths in chunks],
                         torch.tensor([place for place, _ in placed], device=device), scores, mask,
-                        torch.tensor([[ranking.margin] for ranking in rankings], device=device))
+                        torch.tensor([[ranking.margin] for ranking in rankings], device=device),
+                        sum(len(set(ranking.scores)) > 1 for ranking in rankings))
 
 
 class TextStream:

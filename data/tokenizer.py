@@ -57,9 +57,10 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens by name; ids that only pad the vocabulary show as <|id|>."""
-        return b"".join(self._bytes(id) for id in ids).decode("utf-8", errors="replace")
+        return b"".join(self.token_bytes(id) for id in ids).decode("utf-8", errors="replace")
 
-    def _bytes(self, id: int) -> bytes:
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that one id stands for."""
         if id >= self.encoding.n_vocab:
             return f"<|{id}|>".encode()
         return self.encoding.decode_single_token_bytes(id)

@@ -1,0 +1,338 @@
+"""data/batches.py: padding, bucketing, what happens to rows that are too long, rankings, windows of text."""
+import random
+import re
+
+import pytest
+import torch
+
+from common import InputError
+from data.batches import (TextStream, buckets, demonstration_rows, pad_rows, prompt_rows, ranking_batch, ranking_rows,
+                          response_row)
+from data.readers import Ranking
+from data.tokenizer import get_tokenizer
+
+TOKENIZER = get_tokenizer("tinytown")
+PAD, END = TOKENIZER.pad, TOKENIZER.end
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+SHORT = [user("Where does Ada live?"), assistant("Ada lives at the mill.")]
+TURNS = [user("My name is Ada."), assistant("Nice to meet you, Ada."), user("Where do I live?"),
+         assistant("You live at the mill.")]
+
+
+def numbers(text):
+    """All numbers in a message."""
+    return [int(number) for number in re.findall(r"-?\d+", text)]
+
+
+# ----------------------------------------------------------------------------- padding
+
+def test_pad_rows():
+    rows = [([1, 2, 3], [False, True, True]), ([4], [False]), ([5, 6], [False, True])]
+    tokens, mask, lengths = pad_rows(rows, 9)
+    assert tokens.tolist() == [[1, 2, 3], [4, 9, 9], [5, 6, 9]]
+    assert mask.tolist() == [[False, True, True], [False, False, False], [False, True, False]]
+    assert lengths.tolist() == [3, 1, 2]
+    assert tokens.dtype == lengths.dtype == torch.long and mask.dtype == torch.bool
+    assert rows[1] == ([4], [False])                            # the rows themselves stay as they are
+
+
+def test_the_mask_survives_batching():
+    """What is trained on in the batches is what was trained on in the conversations: nothing lost, moved or added."""
+    conversations = [TURNS, SHORT, [*SHORT, *TURNS], [user("Hi."), assistant("")]] * 5
+    rows = demonstration_rows(conversations, TOKENIZER, 64)
+    order = buckets([len(tokens) for tokens, _ in rows], 3, random.Random(0))
+    seen = []
+    for batch in order:
+        tokens, mask, lengths = pad_rows([rows[i] for i in batch], PAD)
+        for i, row, marks, length in zip(batch, tokens, mask, lengths):
+            answers = [m["content"] for m in conversations[i] if m["role"] == "assistant"]
+            assert TOKENIZER.decode(row[marks].tolist()) == "".join(f"{answer}<|end|>" for answer in answers)
+            assert not marks[length:].any() and (row[length:] == PAD).all() and (row[:length] != PAD).all()
+            seen.append(i)
+    assert sorted(seen) == list(range(len(conversations)))
+
+
+# ----------------------------------------------------------------------------- buckets
+
+@pytest.mark.parametrize("count, size", [(1, 4), (8, 4), (103, 4), (1000, 7), (450, 8)])
+def test_buckets_use_every_row_once(count, size):
+    draw = random.Random(1)
+    lengths = [draw.randint(1, 100) for _ in range(count)]
+    batches = buckets(lengths, size, random.Random(0))
+    assert sorted(i for batch in batches for i in batch) == list(range(count))
+    assert all(1 <= len(batch) <= size for batch in batches)
+    assert len(batches) == -(-count // size)                    # at most one is not full
+
+
+def test_buckets_hold_rows_of_similar_length():
+    draw = random.Random(1)
+    lengths = [draw.randint(1, 100) for _ in range(800)]
+    batches = buckets(lengths, 8, random.Random(0))
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert sum(lengths) <= padded < 1.05 * sum(lengths)         # a random order would pad by three quarters
+    heights = [max(lengths[i] for i in batch) for batch in batches]
+    assert heights != sorted(heights) and heights != sorted(heights, reverse=True)
+    first, second = heights[:50], heights[50:]
+    assert abs(sum(first) / len(first) - sum(second) / len(second)) < 15    # no curriculum of lengths
+
+
+def test_buckets_are_decided_by_the_generator():
+    lengths = [i % 17 for i in range(200)]
+    assert buckets(lengths, 8, random.Random(0)) == buckets(lengths, 8, random.Random(0))
+    assert buckets(lengths, 8, random.Random(0)) != buckets(lengths, 8, random.Random(1))
+    draw = random.Random(0)
+    assert buckets(lengths, 8, draw) != buckets(lengths, 8, draw)           # a new order every epoch
+
+
+# ----------------------------------------------------------------------------- rows that are too long
+
+def test_demonstrations_are_cut_while_a_response_token_remains(capsys):
+    ids, mask = TOKENIZER.render(SHORT)
+    first = mask.index(True)
+    kept = demonstration_rows([SHORT], TOKENIZER, len(ids))
+    assert kept == [(ids, mask)] and capsys.readouterr().err == ""
+    for size in range(first + 1, len(ids)):
+        (tokens, marks), = demonstration_rows([SHORT], TOKENIZER, size)
+        assert (tokens, marks) == (ids[:size], mask[:size]) and sum(marks) == size - first >= 1
+        assert END not in tokens[first:]                        # the answer does not end where it was cut
+        assert numbers(capsys.readouterr().err) == [1, 0, 1, size]
+    for size in (1, first):
+        with pytest.raises(InputError, match=f"{size} tokens"):
+            demonstration_rows([SHORT], TOKENIZER, size)
+
+
+def test_demonstrations_cut_and_dropped_are_counted(capsys):
+    long_answer = [user("Hi."), assistant("Ada keeps a goat. " * 10)]
+    long_prompt = [user("Hi. " * 20), assistant("Hello.")]
+    rows = demonstration_rows([SHORT, long_answer, long_prompt, SHORT, long_answer], TOKENIZER, 20)
+    assert [len(tokens) for tokens, _ in rows] == [len(TOKENIZER.render(SHORT)[0]), 20] * 2
+    assert all(len(tokens) == len(mask) and any(mask) for tokens, mask in rows)
+    error = capsys.readouterr().err
+    assert numbers(error) == [5, 1, 2, 20] and "1 dropped" in error and "2 cut" in error and error.count("\n") == 1
+
+
+def test_a_conversation_cut_after_its_first_answer_keeps_that_answer(capsys):
+    ids, mask = TOKENIZER.render(TURNS)
+    size = len(TOKENIZER.render(TURNS[:3])[0])
+    (tokens, marks), = demonstration_rows([TURNS], TOKENIZER, size)
+    assert TOKENIZER.decode([id for id, mark in zip(tokens, marks) if mark]) == "Nice to meet you, Ada.<|end|>"
+
+
+def ranking(*responses, messages=None, **keywords):
+    return Ranking(messages or SHORT[:1], list(responses), [float(-i) for i in range(len(responses))], **keywords)
+
+
+def test_rankings_with_a_row_that_is_too_long_are_dropped_whole(capsys):
+    fits, too_long = ranking("At the mill.", "No."), ranking("No.", "At the mill. " * 10, "Yes.")
+    kept, rows = ranking_rows([fits, too_long, fits], TOKENIZER, 24)
+    assert kept == [fits, fits] and [len(parts) for parts in rows] == [2, 2]
+    error = capsys.readouterr().err
+    assert numbers(error) == [3, 1, 0, 24] and "1 dropped" in error
+    longest = max(len(tokens) for parts in rows for tokens, _ in parts)
+    assert len(ranking_rows([fits], TOKENIZER, longest)[0]) == 1
+    with pytest.raises(InputError, match=f"{longest - 1} tokens"):
+        ranking_rows([fits], TOKENIZER, longest - 1)
+
+
+@pytest.mark.parametrize("prompt", [SHORT[:1], TURNS[:3]])
+def test_ranked_responses_are_rendered_like_demonstrations(prompt):
+    """The reward model reads what the policy is trained to write: same ids, same end token, same mask on the answer."""
+    _, (parts,) = ranking_rows([ranking("At the mill.", "<|end|> no", "", messages=prompt)], TOKENIZER, 99)
+    for text, (tokens, mask) in zip(("At the mill.", "<|end|> no", ""), parts, strict=True):
+        ids, marks = TOKENIZER.render([*prompt, assistant(text)])
+        start = len(TOKENIZER.render_prompt(prompt))
+        assert tokens == ids and [bool(m) for m in mask] == [False] * start + marks[start:]
+        assert sum(mask) == len(TOKENIZER.encode(text)) + 1 and tokens[-1] == END
+
+
+def test_response_row():
+    assert response_row([1, 2, 3], [4, 5]) == ([1, 2, 3, 4, 5], [False, False, False, True, True])
+    assert response_row([1], []) == ([1], [False])
+
+
+def test_prompts_that_leave_no_room_are_dropped_and_counted(capsys):
+    long_prompt = [user("Hi. " * 20)]
+    conversations, ids = prompt_rows([SHORT[:1], long_prompt, TURNS[:3]], TOKENIZER, 30)
+    assert conversations == [SHORT[:1], TURNS[:3]]
+    assert ids == [TOKENIZER.render_prompt(messages) for messages in conversations]
+    assert all(row[-1] == TOKENIZER.role_ids["assistant"] for row in ids)
+    error = capsys.readouterr().err
+    assert numbers(error) == [3, 1, 0, 30] and "1 dropped" in error
+    exact = len(ids[0])
+    assert prompt_rows([SHORT[:1]], TOKENIZER, exact)[1] == ids[:1] and capsys.readouterr().err == ""
+    with pytest.raises(InputError, match=f"{exact - 1} tokens"):
+        prompt_rows([SHORT[:1]], TOKENIZER, exact - 1)
+
+
+def test_when_nothing_fits_the_complaint_is_one_line_with_a_remedy():
+    for read in (demonstration_rows, prompt_rows):
+        with pytest.raises(InputError, match="all 2 exceed 3 tokens.*block_size") as caught:
+            read([SHORT, TURNS], TOKENIZER, 3)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------- rankings
+
+RANKINGS = [ranking("At the mill.", "No.", "Ada lives at the mill. Ada keeps a goat.", margin=0.5),
+            ranking("I do not know Rex.", "Rex.", messages=[user("Who is Rex?")]),
+            ranking("You live at the mill.", "Maybe.", "In a house", "", "At the inn.", messages=TURNS[:3], margin=2.0)]
+
+
+def the_batch(rankings=RANKINGS, **keywords):
+    kept, rows = ranking_rows(rankings, TOKENIZER, 99)
+    return ranking_batch(kept, rows, PAD, **keywords), rows
+
+
+def signature(tokens):
+    """A number that tells one row of ids from another."""
+    return float(sum((t + 1) * id for t, id in enumerate(tokens)))
+
+
+def read_score(tokens, lengths):
+    """Stands for a reward model: (n,) signatures of the real tokens."""
+    return torch.tensor([signature(row[:length].tolist()) for row, length in zip(tokens, lengths)])
+
+
+@pytest.mark.parametrize("keywords", [{}, {"parts": 1}, {"parts": 3}, {"parts": 50}])
+def test_every_response_stands_in_its_place(keywords):
+    batch, rows = the_batch(**keywords)
+    expected = torch.zeros(3, 5)
+    for i, group in enumerate(rows):
+        for k, (tokens, _) in enumerate(group):
+            expected[i, k] = signature(tokens)
+    assert len(set(expected[expected != 0].tolist())) == 10     # else a swap would not show
+    assert torch.equal(batch.rewards(read_score), expected)
+
+
+def test_ranking_batch_holds_whole_rankings():
+    batch, _ = the_batch()
+    assert batch.mask.tolist() == [[True] * 3 + [False] * 2, [True] * 2 + [False] * 3, [True] * 5]
+    assert batch.scores.tolist() == [[0, -1, -2, 0, 0], [0, -1, 0, 0, 0], [0, -1, -2, -3, -4]]
+    assert batch.margin.tolist() == [[0.5], [0.0], [2.0]]
+    assert batch.mask.dtype == torch.bool and batch.scores.is_floating_point()
+
+
+def test_every_response_is_read_once():
+    """K responses cost K rows, not one for each of the K(K − 1) / 2 pairs."""
+    batch, rows = the_batch()
+    calls = []
+
+    def record(tokens, lengths):
+        calls.extend(tuple(row[:length].tolist()) for row, length in zip(tokens, lengths))
+        return read_score(tokens, lengths)
+    batch.rewards(record)
+    assert sorted(calls) == sorted(tuple(tokens) for group in rows for tokens, _ in group)
+
+
+def test_rewards_carry_the_gradient():
+    batch, _ = the_batch()
+    weight = torch.tensor(2.0, requires_grad=True)
+    rewards = batch.rewards(lambda tokens, lengths: weight * lengths)
+    rewards.sum().backward()
+    assert float(weight.grad) == sum(len(tokens) for group in the_batch()[1] for tokens, _ in group)
+    assert not rewards[~batch.mask].any() and (rewards[batch.mask] > 0).all()
+
+
+def test_batch_mates_do_not_move_a_ranking():
+    together = the_batch()[0].rewards(read_score)
+    for i, one in enumerate(RANKINGS):
+        alone = the_batch([one])[0]
+        assert torch.equal(alone.rewards(read_score)[0], together[i, :len(one.scores)])
+        assert alone.mask.all()
+
+
+# ----------------------------------------------------------------------------- windows of text
+
+DOCUMENTS = ["Ada keeps a goat.", "Ben is a baker. Ben eats jam.", "Write <|endoftext|> here.", "Eve likes blue."] * 25
+EOT = TOKENIZER.endoftext
+
+
+def stream_ids(documents):
+    return [id for text in documents for id in [EOT, *TOKENIZER.encode(text)]]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_stream_is_the_documents_with_a_mark_before_each():
+    stream = TextStream(DOCUMENTS, TOKENIZER)
+    ids = stream_ids(DOCUMENTS)
+    (tokens, _), = stream.all_windows(len(ids), 1)
+    assert tokens.tolist() == [ids]
+    assert ids.count(EOT) == len(DOCUMENTS)                     # the name inside a document is plain text
+
+
+def test_all_but_the_first_column_is_predicted():
+    stream = TextStream(DOCUMENTS, TOKENIZER)
+    for tokens, mask in [stream.random_windows(50, 16, generator()), *stream.all_windows(16, 30)]:
+        assert tokens.shape == mask.shape and mask.dtype == torch.bool and tokens.dtype == torch.long
+        assert not mask[:, 0].any() and mask[:, 1:].all()
+
+
+def test_windows_begin_with_a_document_where_documents_are_short():
+    stream = TextStream(DOCUMENTS, TOKENIZER)
+    ids, length = stream_ids(DOCUMENTS), 16
+    assert max(len(TOKENIZER.encode(text)) + 1 for text in DOCUMENTS) <= length
+    tokens, _ = stream.random_windows(500, length, generator())
+    rows = tokens.tolist()
+    last = ids[-length:]                                        # only the end of the text leaves no room for that
+    assert all(row[0] == EOT or row == last for row in rows)
+    assert sum(row[0] == EOT for row in rows) > 450
+    text = {tuple(ids[i:i + length]) for i in range(len(ids))}
+    assert all(tuple(row) in text for row in rows)              # and each is a stretch of the stream
+    assert {tuple(row[:4]) for row in rows if row[0] == EOT} == {
+        tuple([EOT, *TOKENIZER.encode(document)][:4]) for document in DOCUMENTS}
+
+
+def test_long_documents_are_read_everywhere():
+    document = " ".join(f"Ada {i}." for i in range(300))
+    stream = TextStream([document, "Ben."], TOKENIZER)
+    tokens, _ = stream.random_windows(300, 8, generator())
+    assert len({tuple(row) for row in tokens.tolist()}) > 150
+    ids = stream_ids([document, "Ben."])
+    text = {tuple(ids[i:i + 8]) for i in range(len(ids) - 7)}
+    assert all(tuple(row) in text for row in tokens.tolist())
+
+
+def test_windows_are_decided_by_the_generator():
+    stream = TextStream(DOCUMENTS, TOKENIZER)
+    same, other = stream.random_windows(20, 16, generator()), stream.random_windows(20, 16, generator(1))
+    assert torch.equal(stream.random_windows(20, 16, generator())[0], same[0])
+    assert not torch.equal(other[0], same[0])
+    again = generator()
+    stream.random_windows(20, 16, again)
+    assert not torch.equal(stream.random_windows(20, 16, again)[0], same[0])    # the next batch is another one
+
+
+def test_all_windows_cover_the_text_from_its_start():
+    document = " ".join(f"Ada {i}." for i in range(300))
+    stream = TextStream([document], TOKENIZER)
+    ids = stream_ids([document])
+    batches = stream.all_windows(10, 1000)
+    rows = [row for tokens, _ in batches for row in tokens.tolist()]
+    assert all(len(tokens) <= 64 for tokens, _ in batches) and len(rows) == len(ids) // 10
+    assert rows[0] == ids[:10]
+    # The second window is moved back to the document's start, as it begins less than a window behind it; no other is.
+    assert rows[2:] == [ids[i:i + 10] for i in range(20, len(ids) - 9, 10)]
+    assert sum(len(tokens) for tokens, _ in stream.all_windows(10, 7)) == 7
+    for a, b in zip(stream.all_windows(10, 20), stream.all_windows(10, 20)):
+        assert torch.equal(a[0], b[0])
+
+
+def test_too_little_text():
+    stream = TextStream(["Ada keeps a goat."], TOKENIZER)
+    size = len(stream_ids(["Ada keeps a goat."]))
+    with pytest.raises(InputError, match=f"{size} tokens, fewer than one window of {size + 1}"):
+        stream.random_windows(1, size + 1, generator())
+    (tokens, mask), = stream.all_windows(size + 5, 9)           # for evaluation a shorter window will do
+    assert tokens.shape == mask.shape == (1, size)
