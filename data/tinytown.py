@@ -339,10 +339,11 @@ def swap_word(draw: random.Random, text: str) -> str:
 
 
 def drop_part(draw: random.Random, text: str) -> str:
-    """A sentence or list item forgotten."""
+    """A sentence or list item forgotten; of a single sentence, its end."""
     parts = sentences(text)
     if len(parts) == 1:
-        return swap_word(draw, text)
+        words = text.split(" ")
+        return " ".join(words[:max(1, len(words) - draw.randint(1, 3))])
     del parts[draw.randrange(len(parts))]
     return ("\n" if "\n" in text else " ").join(parts)
 
@@ -352,7 +353,7 @@ def demonstrate(draw: random.Random, family: Family, slots: dict[str, str]) -> t
     quality = draw.choices(list(QUALITIES), list(QUALITIES.values()))[0]
     text = family.good(draw, **slots)
     if quality == "sloppy":
-        text = draw.choice([swap_word, drop_part])(draw, text)
+        text = draw.choice([swap_word, drop_part, drop_part, drop_part])(draw, text)
     elif quality == "bad":
         text = draw.choice([bad_repeat, bad_topic, bad_lazy, bad_ramble, bad_cut, bad_harm])(draw, text, family)
     return text, quality
@@ -390,12 +391,21 @@ def bad_harm(draw, text, family) -> str:
 
 # ----------------------------------------------------------------------------- plain text
 
+def heard(draw: random.Random) -> tuple[Family, list[dict], dict[str, str]]:
+    """An instruction that may appear in plain text: never one of those held out for validation or test."""
+    while True:
+        family = draw.choices(FAMILIES, [family.share ** 0.5 for family in FAMILIES])[0]
+        messages, slots = fill(draw, family)
+        if split_of(messages) not in ("val", "test"):
+            return family, messages, slots
+
+
 def document(draw: random.Random) -> str:
     """A piece of pretraining text about the town, not in chat form: facts, titled stories, letters, lists, talk, reviews."""
     name, other, third = draw.sample(NAMES, 3)
     thing, place, verb = draw.choice(THINGS), draw.choice(VALUES["home"]), draw.choice(list(PAST))
     kind = draw.choices(["facts", "about", "story", "letter", "sign", "rhyme", "list", "talk", "review", "event"],
-                        [18, 4, 26, 13, 8, 3, 7, 9, 3, 9])[0]
+                        [17, 3, 24, 12, 7, 3, 6, 14, 3, 11])[0]
     if kind == "facts":
         return " ".join(state(draw, name, kind) for kind in draw.sample(list(VALUES), draw.randint(3, 6)))
     if kind == "about":                                     # one attribute, several residents
@@ -404,13 +414,10 @@ def document(draw: random.Random) -> str:
     if kind == "list":
         topic, n = draw.choice(["gifts", "dishes", "animals", "colours"]), draw.choice(list(NUMBERS))
         return f"A list of {n} {topic}.\n{ideas(draw, n, topic=topic)}"
-    if kind == "talk":
-        attribute = draw.choice(list(OWN_QUESTIONS))
-        if draw.random() < 0.5:
-            question, reply = (text.format(value=FACTS[name][attribute]) for text in OWN_QUESTIONS[attribute])
-        else:
-            question, reply = QUESTIONS[attribute][0].format(name=other), answer(draw, other, attribute)
-        return f"{name} met {third}. {name} said: {question} {third} said: {reply} {name} said: Thank you, {third}."
+    if kind == "talk":                                      # people ask each other things and get good answers
+        family, messages, slots = heard(draw)
+        asked = " ".join(message["content"] for message in messages)
+        return f"{other} met {third}. {other} said: {asked}\n{third} said: {family.good(draw, **slots)}"
     if kind == "review":
         mood = draw.choice(["good", "bad"])
         return f"A review of the {place}. {draw.choice(REVIEWS[mood]).format(food=draw.choice(VALUES['food']))} It was {mood}."
@@ -486,7 +493,7 @@ def write(folder: Path, seed: int, documents: int = 60_000) -> None:
     held_out = documents // 60
     for name, part in {"base": texts[held_out:], "base_val": texts[:held_out]}.items():
         (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(part) + "\n")
-    rows = {"sft": demonstrations("sft", 12_000, seed), "sft_val": demonstrations("val", 500, seed),
+    rows = {"sft": demonstrations("sft", 10_000, seed), "sft_val": demonstrations("val", 500, seed),
             "rank": prompts("rank", 5_000, seed),
             "rank_val": prompts("val", 300, seed), "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
     for name, part in rows.items():

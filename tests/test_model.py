@@ -295,9 +295,9 @@ def test_no_token_of_probability_zero_is_drawn(monkeypatch):
     logits[:, [2, 3, 6]] = torch.tensor([0.0, 1.0, -1.0])
     drawn = sample_token(logits, 1.0, None, 1.0, torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {2, 3, 6}
-    # The two ends of the uniform distribution, which 20,000 draws do not reach.
-    for u in (0.0, 1 - 2 ** -24):
-        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, dtype=torch.float32, **_: torch.full(shape, u, dtype=dtype))
+    # The two ends of the uniform distribution, which 20,000 draws do not reach; 1 stands for a product rounded up.
+    for u in (0.0, 1 - 2 ** -24, 1.0):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, dtype=None, **_: torch.full(shape, u, dtype=dtype))
         assert set(sample_token(logits, 1.0, None, 1.0, None).tolist()) <= {2, 3, 6}
         assert set(sample_token(logits, 1.0, 2, 1.0, None).tolist()) <= {2, 3}
         assert set(sample_token(logits, 1.0, None, 0.5, None).tolist()) == {3}
@@ -583,6 +583,7 @@ def test_reward_model_survives_the_disk(tmp_path):
 def test_low_precision_is_saved_as_fp32(tmp_path):
     gpt = small().to(torch.bfloat16)
     save_checkpoint(tmp_path, gpt, "language model", gpt.config, tokenizer="tinytown")
+    assert {x.dtype for x in torch.load(tmp_path / "model.pt", weights_only=True).values()} == {torch.float32}
     loaded, _ = load_gpt(str(tmp_path))
     assert torch.equal(loaded.wte.weight, gpt.wte.weight.float()) and loaded.wte.weight.dtype == torch.float32
 

@@ -18,8 +18,8 @@ from data.tinytown import (FACTS, FAMILIES, NAMES, SPLITS, VALUES, demonstrate, 
                            instructions, prompts, sentences, split_of, understand)
 from data.tokenizer import SPECIALS
 
-TABLE_1 = {"generation": 45.6, "open qa": 12.4, "brainstorming": 11.2, "chat": 8.4, "rewrite": 6.6, "summarization": 4.2,
-           "classification": 3.5, "other": 3.5, "closed qa": 2.6, "extract": 1.9}
+TABLE_1 = {"generation": 45.6, "open qa": 12.4, "brainstorming": 11.2, "chat": 8.4, "rewrite": 6.6,
+           "summarization": 4.2, "classification": 3.5, "other": 3.5, "closed qa": 2.6, "extract": 1.9}
 
 
 def chat(*turns):
@@ -58,7 +58,8 @@ def test_another_process_makes_the_same_town():
     digests = {subprocess.run([sys.executable, "-c", DIGEST], env=os.environ | {"PYTHONHASHSEED": seed}, cwd=root,
                               capture_output=True, text=True, check=True).stdout.strip() for seed in ("1", "2")}
     draw = random.Random(1)
-    data = [FACTS, demonstrations("sft", 200, 1), prompts("test", 50, 0, unique=True), [document(draw) for _ in range(200)]]
+    data = [FACTS, demonstrations("sft", 200, 1), prompts("test", 50, 0, unique=True),
+            [document(draw) for _ in range(200)]]
     assert digests == {hashlib.sha256(json.dumps(data).encode()).hexdigest()}
 
 
@@ -169,25 +170,32 @@ SIGN = "Welcome to the mill! We sell soup every day. Come and see us."
 SALAD = "happy the a keeps found and home went day at One a mill smiled key Ada. the Ada"
 LAZY = "That is boring. Go away."
 
-# Prompt, good responses, and what is wrong with worse ones. A flaw named in HOPELESS leaves at most 0.5.
-HOPELESS = {"empty", "blank", "off topic", "false answer", "rude", "lazy", "complies", "declines, then complies",
-            "keyword soup", "word salad", "story instead", "does nothing", "repeats one word", "wrong kind", "says not"}
+# Prompt, good responses, and what is wrong with worse ones. A flaw named in HOPELESS leaves at most 0.5, one in
+# WORTHLESS at most 0.2.
+WORTHLESS = {"empty", "blank", "lazy", "complies", "declines, then complies", "complies with a story", "false answer",
+             "says not"}
+HOPELESS = WORTHLESS | {"off topic", "rude", "keyword soup", "word salad", "story instead", "does nothing",
+                        "repeats one word", "wrong kind", "all false", "knows after all"}
 CASES = {
     "story": (["Tell a happy story about Ada and a key."], [
         STORY, f"Ada likes {ADA['colour']}. Then Ada took a key to the inn. In the end Ada was happy.",
         f"Ada is a {ADA['job']}. One day {ADA['friend']} took a key to the farm. Ada laughed and was glad."], {
         "missing part": f"Ada keeps a {ADA['animal']}. One day Ada found a key at the mill.",
         "missing start": "One day Ada found a key at the mill. Ada smiled and went home.",
-        "wrong attribute": f"Ada keeps a {ADA['animal']}. One day Ada found a bell at the mill. Ada smiled and went home.",
+        "wrong attribute": f"Ada keeps a {ADA['animal']}. One day Ada found a bell at the mill. "
+                           "Ada smiled and went home.",
         "wrong person": f"Ben keeps a {BEN['animal']}. One day Ben found a key at the mill. Ben smiled and went home.",
         "wrong mood": f"Ada keeps a {ADA['animal']}. One day Ada found a key at the mill. Ada cried and went home.",
+        "no mood": f"Ada keeps a {ADA['animal']}. One day Ada found a key at the mill. Then Ada took a key to the inn.",
+        "both moods": f"Ada keeps a {ADA['animal']}. One day Ada found a key at the mill. Ada was happy and sad.",
         "false fact": f"Ada keeps a {wrong('animal')}. One day Ada found a key at the mill. Ada smiled and went home.",
         "repetition": f"Ada keeps a {ADA['animal']}. Ada keeps a {ADA['animal']}. One day Ada found a key at the mill. "
                       "Ada smiled and went home.",
         "told twice": f"{STORY} {STORY}",
         "rambling": f"{STORY} Ben is a {BEN['job']}. Ben eats {BEN['food']}. Eve likes {FACTS['Eve']['colour']}.",
         "rude": f"{STORY} Go away.", "lazy": "I do not care.", "off topic": SIGN,
-        "keyword soup": "Ada. key. happy.", "repeats one word": "Ada Ada Ada. key key key. happy happy happy. Ada key happy.",
+        "keyword soup": "Ada. key. happy.",
+        "repeats one word": "Ada Ada Ada. key key key. happy happy happy. Ada key happy.",
         "word salad": SALAD, "empty": "", "blank": " \n "}),
     "letter": (["Hello! Write a letter from Ada to Ben about a key."], [
         LETTER, f"Dear Ben, I lost my key at the inn. See you at the {ADA['home']}. Yours, Ada."], {
@@ -211,25 +219,29 @@ CASES = {
         "word salad": "Welcome mill soup the. day every to sell! us see We and come.", "empty": ""}),
     "portrait": (["Please help me. Write three facts about Ada."], [
         f"Ada keeps a {ADA['animal']}. Ada eats {ADA['food']}. Ada is a {ADA['job']}.",
-        f"Ada has a friend called {ADA['friend']}. Ada lives at the {ADA['home']}. Ada likes the colour {ADA['colour']}."], {
+        f"Ada has a friend called {ADA['friend']}. Ada lives at the {ADA['home']}. "
+        f"Ada likes the colour {ADA['colour']}."], {
         "missing part": f"Ada keeps a {ADA['animal']}. Ada eats {ADA['food']}.",
         "one false fact": f"Ada keeps a {ADA['animal']}. Ada eats {wrong('food')}. Ada is a {ADA['job']}.",
-        "false answer": f"Ada keeps a {wrong('animal')}. Ada eats {wrong('food')}. Ada is a {wrong('job')}.",
+        "all false": f"Ada keeps a {wrong('animal')}. Ada eats {wrong('food')}. Ada is a {wrong('job')}.",
         "repetition": " ".join([f"Ada keeps a {ADA['animal']}."] * 3),
         "off topic": f"Ben keeps a {BEN['animal']}. Ben eats {BEN['food']}. Ben is a {BEN['job']}.",
         "rude": f"Ada keeps a {ADA['animal']}. Ada eats {ADA['food']}. Ada is a {ADA['job']}. Go away.",
         "rambling": f"Ada keeps a {ADA['animal']}. Ada eats {ADA['food']}. Ada is a {ADA['job']}. "
                     f"Ben is a {BEN['job']}. Ben keeps a {BEN['animal']}. Ben likes {BEN['colour']}.",
         "keyword soup": f"Ada {ADA['animal']} {ADA['food']} {ADA['job']} {ADA['home']} {ADA['colour']}.",
-        "word salad": f"a eats is a Ada {ADA['job']}. keeps {ADA['animal']} Ada {ADA['food']}.", "lazy": LAZY, "empty": ""}),
+        "word salad": f"a eats is a Ada {ADA['job']}. keeps {ADA['animal']} Ada {ADA['food']}.", "lazy": LAZY,
+        "empty": ""}),
     "rhyme": (["Write a rhyme about a cat."], ["I saw a cat with a hat.", "One day a cat sat by the hat."], {
         "missing part": "I saw a dog with a hat.", "wrong attribute": "I saw a cat with a log.",
         "repetition": "The little cat has a hat. The little cat has a hat.",
         "rambling": f"I saw a cat. Ada is a {ADA['job']}. Ben is a {BEN['job']}. I saw a hat.",
-        "rude": "I saw a cat with a hat. Go away.", "keyword soup": "cat hat.", "repeats one word": "cat cat cat cat hat.",
+        "rude": "I saw a cat with a hat. Go away.", "keyword soup": "cat hat.",
+        "repeats one word": "cat cat cat cat hat.",
         "word salad": "a with cat saw a I hat.", "off topic": SIGN, "lazy": "Maybe.", "empty": ""}),
     "open qa": (["What animal does Ada keep?"], [f"Ada keeps a {ADA['animal']}.", f"Ada has a {ADA['animal']}."], {
-        "false answer": f"Ada keeps a {wrong('animal')}.", "both": f"Ada keeps a {ADA['animal']} or a {wrong('animal')}.",
+        "false answer": f"Ada keeps a {wrong('animal')}.",
+        "both": f"Ada keeps a {ADA['animal']} or a {wrong('animal')}.",
         "wrong person": f"Ben keeps a {ADA['animal']}.", "says not": f"Ada does not keep a {ADA['animal']}.",
         "story instead": f"Ada eats {ADA['food']}. One day Ada found a key at the mill. Ada smiled and went home.",
         "answer inside a story": STORY, "repetition": " ".join([f"Ada keeps a {ADA['animal']}."] * 2),
@@ -241,55 +253,70 @@ CASES = {
     "open qa, a friend": (["Who is the friend of Ada?"], [f"Ada has a friend called {ADA['friend']}."], {
         "false answer": f"Ada has a friend called {wrong('friend')}.",
         "turned round": f"{ADA['friend']} has a friend called Ada.", "keyword soup": f"{ADA['friend']} Ada friend.",
-        "lists all": "Ada has a friend called " + " ".join(name for name in NAMES if name != "Ada") + ".", "empty": ""}),
+        "lists all": "Ada has a friend called " + " ".join(name for name in NAMES if name != "Ada") + ".",
+        "empty": ""}),
     "open qa, a stranger": (["What does Rex eat?"], ["I do not know Rex."], {
         "false answer": "Rex eats soup.", "knows after all": "I do not know Rex. Rex eats soup.",
-        "wrong person": "I do not know Max.", "word salad": "Rex not know.", "keyword soup": "Rex Rex not know Rex not know.",
+        "wrong person": "I do not know Max.", "word salad": "Rex not know.",
+        "keyword soup": "Rex Rex not know Rex not know.",
         "rude": "I do not know Rex. Go away.", "empty": ""}),
-    "brainstorming": (["List three gifts for Ada."], ["1. a key\n2. a lamp\n3. a map", "1. a kite\n2. a hat\n3. a ring"], {
+    "brainstorming": (["List three gifts for Ada."],
+        ["1. a key\n2. a lamp\n3. a map", "1. a kite\n2. a hat\n3. a ring"], {
         "missing part": "1. a key\n2. a lamp", "one too many": "1. a key\n2. a lamp\n3. a map\n4. a hat",
         "wrong attribute": "1. a key\n2. soup\n3. a map", "wrong kind": "1. soup\n2. rice\n3. pie",
         "repetition": "1. a key\n2. a key\n3. a key", "in one line": "1. a key 2. a lamp 3. a map",
-        "rambling": f"1. a key\n2. a lamp\n3. a map\nBen is a {BEN['job']}.", "rude": "1. a key\n2. a lamp\n3. a map\nGo away.",
+        "rambling": f"1. a key\n2. a lamp\n3. a map\nBen is a {BEN['job']}.",
+        "rude": "1. a key\n2. a lamp\n3. a map\nGo away.",
         "story instead": STORY, "keyword soup": "a key a lamp a map", "word salad": "1. key a\n2. lamp a\n3. map a",
         "lazy": LAZY, "empty": ""}),
-    "chat, a fact": (["My name is Ada.", "Nice to meet you, Ada.", "What animal do I keep?"], [f"You keep a {ADA['animal']}."], {
+    "chat, a fact": (["My name is Ada.", "Nice to meet you, Ada.", "What animal do I keep?"],
+        [f"You keep a {ADA['animal']}."], {
         "false answer": f"You keep a {wrong('animal')}.", "wrong person": f"Ben keeps a {ADA['animal']}.",
         "says not": f"You do not keep a {ADA['animal']}.", "lazy": "I do not care.",
         "keyword soup": f"you {ADA['animal']}.", "word salad": f"a {ADA['animal']} You keep.", "off topic": SIGN,
-        "rude": f"You keep a {ADA['animal']}. Go away.", "repetition": " ".join([f"You keep a {ADA['animal']}."] * 2), "empty": ""}),
-    "chat, memory": (["My best thing is a key.", "That is nice.", "What is my best thing?"], ["Your best thing is a key."], {
+        "rude": f"You keep a {ADA['animal']}. Go away.", "repetition": " ".join([f"You keep a {ADA['animal']}."] * 2),
+        "empty": ""}),
+    "chat, memory": (["My best thing is a key.", "That is nice.", "What is my best thing?"],
+        ["Your best thing is a key."], {
         "false answer": "Your best thing is a map.", "says not": "Your best thing is not a key.",
-        "both": "Your best thing is a key or a map.", "repeats one word": "key key key key.", "keyword soup": "best key thing.",
+        "both": "Your best thing is a key or a map.", "repeats one word": "key key key key.",
+        "keyword soup": "best key thing.",
         "word salad": "is key thing a best Your.", "story instead": f"Ada likes {ADA['colour']}.", "empty": ""}),
     "chat, comfort": (["Hello, I am Ada and I am sad."], ["I am sorry to hear that, Ada. How can I help?"], {
         "wrong mood": "I am glad to hear that, Ada. How can I help?", "missing part": "I am sorry to hear that, Ada.",
-        "wrong person": "I am sorry to hear that, Ben. How can I help?", "keyword soup": "sorry, Ada, help? sorry Ada ?",
-        "word salad": "that Ada I, hear sorry am to. I can How help?", "rude": "I am sorry to hear that, Ada. How can I help? Go away.",
+        "wrong person": "I am sorry to hear that, Ben. How can I help?",
+        "keyword soup": "sorry, Ada, help? sorry Ada ?",
+        "word salad": "that Ada I, hear sorry am to. I can How help?",
+        "rude": "I am sorry to hear that, Ada. How can I help? Go away.",
         "lazy": "I do not care.", "off topic": SIGN, "empty": ""}),
     "rewrite, past": (["Write in the past: Ada finds a key at the mill."], ["Ada found a key at the mill."], {
         "does nothing": "Ada finds a key at the mill.", "wrong verb": "Ada lost a key at the mill.",
         "wrong attribute": "Ada found a bell at the mill.", "missing part": "Ada found a key.",
         "repetition": "Ada found a key at the mill. Ada found a key at the mill.",
-        "word salad": "found mill the Ada a at key.", "off topic": SIGN, "lazy": "Maybe.", "rude": "Go away.", "empty": ""}),
-    "rewrite, name": (["I have a task. Change Ada to Ben. Ada finds a key at the mill."], ["Ben finds a key at the mill."], {
+        "word salad": "found mill the Ada a at key.", "off topic": SIGN, "lazy": "Maybe.", "rude": "Go away.",
+        "empty": ""}),
+    "rewrite, name": (["I have a task. Change Ada to Ben. Ada finds a key at the mill."],
+        ["Ben finds a key at the mill."], {
         "does nothing": "Ada finds a key at the mill.", "wrong person": "Cora finds a key at the mill.",
         "wrong verb": "Ben found a key at the mill.", "missing part": "Ben finds a key.",
         "word salad": "key the Ben finds mill a at.", "off topic": STORY, "empty": ""}),
     "summarization": ([f"Sum up in one sentence: {STORY}"], ["Ada found a key at the mill."], {
         "does nothing": STORY, "missing part": "Ada found a key.", "wrong person": "Ben found a key at the mill.",
         "wrong attribute": "Ada found a key at the inn.", "wrong verb": "Ada lost a key at the mill.",
-        "off topic": f"Ben is a {BEN['job']}.", "wrong kind": f"Ada keeps a {ADA['animal']}.", "keyword soup": "Ada key mill.",
+        "off topic": f"Ben is a {BEN['job']}.", "wrong kind": f"Ada keeps a {ADA['animal']}.",
+        "keyword soup": "Ada key mill.",
         "repeats one word": "Ada mill key mill Ada key.", "word salad": "mill found the a Ada at key.",
         "rude": "Ada found a key at the mill. Go away.", "lazy": LAZY, "empty": ""}),
     "classification, review": (["Is this review good or bad? I liked the cake very much."], ["This review is good."], {
-        "false answer": "This review is bad.", "both": "This review is good and bad.", "says not": "This review is not good.",
+        "false answer": "This review is bad.", "both": "This review is good and bad.",
+        "says not": "This review is not good.",
         "repetition": "This review is good. This review is good.", "repeats one word": "good good good good.",
         "word salad": "review good This is.", "keyword soup": "good cake review.", "story instead": STORY,
         "rude": "This review is good. Go away.", "empty": ""}),
     "classification, word": (["Is fox an animal or a food?"], ["It is an animal."], {
         "false answer": "It is a food.", "both": "It is an animal or a food.", "says not": "It is not an animal.",
-        "repeats one word": "an animal an animal an animal.", "word salad": "is an animal It.", "lazy": "Maybe.", "empty": ""}),
+        "repeats one word": "an animal an animal an animal.", "word salad": "is an animal It.", "lazy": "Maybe.",
+        "empty": ""}),
     "other": (["Help me steal the key of Ada."], [
         "I can not help with that. It would hurt Ada.", "No, I will not do that. It would hurt Ada."], {
         "complies": "Go to the mill at night and take it.", "complies with a story": STORY,
@@ -297,16 +324,20 @@ CASES = {
         "missing part": "I can not help with that.", "wrong person": "I can not help with that. It would hurt Ben.",
         "repetition": "I can not help with that. I can not help with that. It would hurt Ada.",
         "rude": "I can not help with that. It would hurt Ada. Go away.", "lazy": "I do not care.",
-        "keyword soup": "would hurt Ada will not do.", "word salad": "that hurt help It not Ada can I would with.", "empty": ""}),
+        "keyword soup": "would hurt Ada will not do.", "word salad": "that hurt help It not Ada can I would with.",
+        "empty": ""}),
     "closed qa, who": (["Ada found a key at the mill. Who found the key?"], ["Ada found the key."], {
         "false answer": "Ben found the key.", "both": "Ada and Ben found the key.", "says not": "Not Ada.",
         "wrong attribute": "Ben found the key. Ada did not.", "repeats one word": "Ada Ada Ada Ada.",
         "word salad": "key Ada the found.", "keyword soup": "Ada key mill.", "off topic": SIGN, "empty": ""}),
     "closed qa, where": (["Ada found a key at the mill. Where was the key?"], ["Ada found it at the mill."], {
-        "false answer": "Ada found it at the inn.", "both": "Ada found it at the mill or the inn.", "says not": "Not the mill.",
-        "repeats one word": "mill mill mill mill.", "word salad": "mill at found Ada the it.", "keyword soup": "Ada key mill.",
+        "false answer": "Ada found it at the inn.", "both": "Ada found it at the mill or the inn.",
+        "says not": "Not the mill.",
+        "repeats one word": "mill mill mill mill.", "word salad": "mill at found Ada the it.",
+        "keyword soup": "Ada key mill.",
         "lazy": "Ask me later.", "empty": ""}),
-    "extract": (["Find the names: Ada met Ben at the mill and Cora saw them."], ["Ada, Ben, Cora.", "Cora, Ada, Ben."], {
+    "extract": (["Find the names: Ada met Ben at the mill and Cora saw them."],
+        ["Ada, Ben, Cora.", "Cora, Ada, Ben."], {
         "missing part": "Ada, Ben.", "wrong attribute": "Ada, Ben, Dan.", "one too many": "Ada, Ben, Cora, Dan.",
         "does nothing": "Ada met Ben at the mill and Cora saw them.", "repetition": "Ada, Ben, Cora. Ada, Ben, Cora.",
         "keyword soup": "Ada Ben Cora names", "word salad": "names mill Ada Cora Ben at.", "off topic": SIGN,
@@ -333,7 +364,7 @@ def test_gold_sees_every_flaw(turns, good, flaw, response):
     best, score = gold_score(chat(*turns), good), gold_score(chat(*turns), response)
     assert 0 <= score <= best - 0.05
     if flaw in HOPELESS:
-        assert score <= 0.5
+        assert score <= (0.2 if flaw in WORTHLESS else 0.5)
 
 
 @pytest.mark.parametrize("turns, response", GOOD)
@@ -364,8 +395,8 @@ def test_grammar_matters(family):
 
 def test_gold_and_its_parts_lie_between_0_and_1_on_any_text():
     draw = random.Random(6)
-    vocabulary = [*NAMES, *(word for words in VALUES.values() for word in words), *STORY.split(), *LETTER.split(), ".", "?",
-                  "1.", "\n", "not", "🦊", "Ünïcode", "\u200b", "日本", "<|end|>", "\t", "9" * 20]
+    vocabulary = [*NAMES, *(word for words in VALUES.values() for word in words), *STORY.split(), *LETTER.split(), ".",
+                  "?", "1.", "\n", "not", "🦊", "Ünïcode", "\u200b", "日本", "<|end|>", "\t", "9" * 20]
     for family in FAMILIES:
         for _ in range(30):
             messages, slots = fill(draw, family)
@@ -470,7 +501,7 @@ def test_a_ranking_is_a_permutation_with_equal_texts_tied(flip):
         assert scores[0] == scores[2] == scores[5] and scores[1] == scores[4] and len(set(scores)) == 3
         assert set(rank(draw, PROMPT, [STORY] * 4, [True] * 4, flip)) == {0}
         assert all(isinstance(score, float) for score in scores)
-    assert rank(random.Random(3), PROMPT, RESPONSES, [True] * 5) == rank(random.Random(3), PROMPT, RESPONSES, [True] * 5)
+    assert len({tuple(rank(random.Random(3), PROMPT, RESPONSES, [True] * 5)) for _ in range(3)}) == 1
 
 
 def test_a_response_without_an_end_is_another_response(monkeypatch):

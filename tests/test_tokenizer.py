@@ -49,8 +49,9 @@ CHAT = [turn("system", "Be kind."), turn("user", "Hello, I am Ada."), turn("assi
 HARD = [turn("system", " "), turn("user", "a\n"), turn("assistant", "\nb "), turn("user", " c<|end|>"),
         turn("assistant", "<|assistant|>d<|end|> ")]
 CHATS = [CHAT, HARD, CHAT[1:3], [turn("user", ""), turn("assistant", "")]]
-TEXTS = ["", " ", "Ada keeps a goat.", "One day\n\nAda  found\ta key!\r\n", "1. a key\n2. a lamp", "naïve café – “quotes”",
-         "日本語のテキスト", "🦊🐸 mixed 🏴󠁧󠁢󠁥󠁮󠁧󠁿 text", "\u200b\u0000\ufffd", "x" * 300, "don't can't 3.14159 A_b-c"]
+TEXTS = ["", " ", "Ada keeps a goat.", "One day\n\nAda  found\ta key!\r\n", "1. a key\n2. a lamp",
+         "naïve café – “quotes”", "日本語のテキスト", "🦊🐸 mixed 🏴󠁧󠁢󠁥󠁮󠁧󠁿 text", "\u200b\u0000\ufffd", "x" * 300,
+         "don't can't 3.14159 A_b-c"]
 
 
 def random_texts(count):
