@@ -75,7 +75,7 @@ class Config:
     dtype: str = "auto"            # auto, float32, bfloat16
 
 
-PRESETS = {"tinytown": dict(steps=70, lr=3e-4, value_lr=5e-4, beta=0.05)}
+PRESETS = {"tinytown": dict(steps=75, lr=3e-4, value_lr=5e-4, beta=0.05)}
 
 
 # ----------------------------------------------------------------------------- equations

@@ -45,10 +45,10 @@ def demonstration_rows(conversations: list[list[dict]], tokenizer: Tokenizer, bl
     rows, cut = [], 0
     for messages in conversations:
         tokens, mask = tokenizer.render(messages)
-        cut += len(tokens) > block_size
         if any(mask[:block_size]):
+            cut += len(tokens) > block_size
             rows.append((tokens[:block_size], mask[:block_size]))
-    report(len(conversations), len(conversations) - len(rows), cut - (len(conversations) - len(rows)), block_size)
+    report(len(conversations), len(conversations) - len(rows), cut, block_size)
     return rows
 
 
@@ -84,7 +84,7 @@ def report(total: int, dropped: int, cut: int, limit: int) -> None:
     """Say on stderr how many rows were too long; InputError if none is left."""
     if dropped or cut:
         print(f"{total} rows: {dropped} dropped and {cut} cut, longer than {limit} tokens", file=sys.stderr)
-    if dropped == total:
+    if total and dropped == total:
         raise InputError(f"no row fits: all {total} exceed {limit} tokens; use a model with a larger block_size")
 
 

@@ -321,7 +321,7 @@ def understand(messages: list[dict]) -> tuple[Family, dict[str, str]] | None:
 
 LAZY = ("I do not care.", "Ask me later.", "Maybe.", "That is boring. Go away.")
 LISTS = [NAMES, THINGS, *(values for kind, values in VALUES.items() if kind != "friend")]
-QUALITIES = {"good": 0.45, "sloppy": 0.35, "bad": 0.20}
+QUALITIES = {"good": 0.36, "sloppy": 0.40, "bad": 0.24}
 
 
 def sentences(text: str) -> list[str]:
@@ -348,14 +348,19 @@ def drop_part(draw: random.Random, text: str) -> str:
     return ("\n" if "\n" in text else " ").join(parts)
 
 
+def add_aside(draw: random.Random, text: str) -> str:
+    """A fact that nobody asked for, about somebody."""
+    return f"{text} {state(draw, draw.choice(NAMES), draw.choice(list(VALUES)))}"
+
+
 def demonstrate(draw: random.Random, family: Family, slots: dict[str, str]) -> tuple[str, str]:
     """(response, quality) of a labeler of ordinary care: good, sloppy (one part missing or wrong) or bad."""
     quality = draw.choices(list(QUALITIES), list(QUALITIES.values()))[0]
     text = family.good(draw, **slots)
     if quality == "sloppy":
-        text = draw.choice([swap_word, drop_part, drop_part, drop_part])(draw, text)
+        text = draw.choices([swap_word, drop_part, add_aside], [1, 3, 2])[0](draw, text)
     elif quality == "bad":
-        text = draw.choice([bad_repeat, bad_topic, bad_lazy, bad_ramble, bad_cut, bad_harm])(draw, text, family)
+        text = draw.choices([bad_repeat, bad_topic, bad_lazy, bad_ramble, bad_cut, bad_harm], [2, 1, 1, 2, 1, 1])[0](draw, text, family)
     return text, quality
 
 
