@@ -82,7 +82,8 @@ def print_samples(model: GPT, tokenizer: Tokenizer, machine: Machine, config: Co
     texts = [tokenizer.response_text(response)[0] for response in ids]
     columns: dict[str, list[float]] = {}
     if config.reward:
-        columns["reward"] = model_reward(load_reward_model(config.reward)[0].to(machine.device).eval(), tokenizer)(conversations, texts)
+        reward_model, _ = load_reward_model(config.reward)
+        columns["reward"] = model_reward(reward_model.to(machine.device).eval(), tokenizer)(conversations, texts)
     if config.ref:
         ref = load_gpt(config.ref)[0].to(machine.device).eval()
         own, other = (response_logprobs(m, prompts, ids, tokenizer.pad, machine.device) for m in (model, ref))
@@ -111,7 +112,8 @@ def train(config: Config) -> dict:
             prompt = [tokenizer.endoftext, *tokenizer.encode(config.prompt)] if config.raw else tokenizer.render_prompt(messages)
             room = model.config.block_size - config.max_new_tokens
             if len(prompt) > room:
-                raise InputError(f"--prompt: {len(prompt)} tokens, but the context leaves room for {room}; shorten it or --max_new_tokens")
+                raise InputError(f"--prompt: {len(prompt)} tokens, but the context leaves room for {room}; shorten it or "
+                                 f"lower --max_new_tokens")
             stream_text(model, prompt, tokenizer, tokenizer.endoftext if config.raw else tokenizer.end, config, generator)
         else:
             chat(model, tokenizer, config, generator)

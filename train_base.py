@@ -82,8 +82,8 @@ def split_documents(config: Config) -> tuple[list[str], list[str]]:
 
 def train(config: Config) -> dict:
     """Train a new model and save it. Returns the final metrics: val_loss (nats per token), seconds, tokens_per_second."""
-    check_range(config, block_size=(2, 65536), window=(0, config.block_size), n_layer=(1, 200), n_head=(1, 200), n_embd=(2, 65536), dropout=(0, 0.99),
-                lr=(0, 1), steps=(1, 10**9), batch_size=(1, 10**6))
+    check_range(config, block_size=(2, 65536), window=(0, config.block_size), n_layer=(1, 200), n_head=(1, 200),
+                n_embd=(2, 65536), dropout=(0, 0.99), lr=(0, 1), steps=(1, 10**9), batch_size=(1, 10**6))
     if not config.data:
         raise InputError("--data: name one or more text files to train on")
     machine = setup(config)

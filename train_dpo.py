@@ -49,7 +49,7 @@ class Config:
     dtype: str = "auto"            # auto, float32, bfloat16
 
 
-PRESETS = {"tinytown": dict(beta=0.1, lr=2e-4, batch_size=32, pairs_per_ranking=2)}
+PRESETS = {"tinytown": dict(beta=0.4, lr=2e-4, batch_size=32, pairs_per_ranking=3)}
 
 
 def dpo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor, ref_chosen_logprobs: Tensor,

@@ -360,7 +360,8 @@ def demonstrate(draw: random.Random, family: Family, slots: dict[str, str]) -> t
     if quality == "sloppy":
         text = draw.choices([swap_word, drop_part, add_aside], [1, 3, 2])[0](draw, text)
     elif quality == "bad":
-        text = draw.choices([bad_repeat, bad_topic, bad_lazy, bad_ramble, bad_cut, bad_harm], [2, 1, 1, 2, 1, 1])[0](draw, text, family)
+        spoil = draw.choices([bad_repeat, bad_topic, bad_lazy, bad_ramble, bad_cut, bad_harm], [2, 1, 1, 2, 1, 1])[0]
+        text = spoil(draw, text, family)
     return text, quality
 
 

@@ -90,7 +90,6 @@ def test_ppo_reaches_the_optimum_and_doubled_beta_reaches_the_other(toy):
     _, weak, weak_optimum = ppo_probs(toy, beta=0.4)
     assert distance(reference, strong_optimum) > 0.5
     assert distance(strong_optimum, weak_optimum) > 0.15
-    print(distance(reference, strong_optimum), distance(strong_optimum, weak_optimum), distance(strong, strong_optimum), distance(weak, weak_optimum))
     assert distance(strong, strong_optimum) < 0.08
     assert distance(weak, weak_optimum) < 0.08
 
