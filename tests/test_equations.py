@@ -77,7 +77,11 @@ def sigmoid(x: float) -> float:
 def tiny_gpt(seed: int = 0) -> model.GPT:
     """A model of 2 layers whose weights are large enough that every token matters."""
     torch.manual_seed(seed)
-    return model.GPT(model.GPTConfig(32, 64, 2, 2, 16)).eval()
+    gpt = model.GPT(model.GPTConfig(32, 64, 2, 2, 16)).eval()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.mul_(8 if p.dim() == 2 else 1)
+    return gpt
 
 
 def tiny_reward_model(seed: int = 0) -> model.RewardModel:

@@ -24,6 +24,8 @@ def small(seed=0, **changes):
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(0.2 * torch.randn(p.shape))
+            else:
+                p.mul_(8)                # sharp, varied distributions: flat ones would hide a mistake
     return model.eval()
 
 
