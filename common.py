@@ -208,4 +208,5 @@ class Log:
         result = {**final, "seconds": round(seconds, 1), "tokens_per_second": round(self.tokens / seconds)}
         folder = Path(self.file.name).parent
         write_atomically(folder / "final.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        print(" ".join(f"{name}={value}" for name, value in result.items()))
         return result
