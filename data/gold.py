@@ -33,6 +33,7 @@ def share(*parts: bool) -> float:
 # ----------------------------------------------------------------------------- helpful: does what was asked, all parts
 
 def helpful_story(text, name, thing=None, place=None, mood=None) -> float:
+    """Parts: the hero, three sentences, and of thing, place and mood of the end whatever was asked for."""
     told = sentences(text)
     parts = [has(text, name), len(told) >= 3]
     parts += [has(text, wanted) for wanted in (thing, place) if wanted]
@@ -60,6 +61,7 @@ def helpful_rhyme(text, animal) -> float:
 
 
 def helpful_answer(text, name, kind) -> float:
+    """1 for the one right value and nobody else's name; for a stranger, for admitting not to know."""
     if name in STRANGERS:
         return float(has(text, "not know") and has(text, name))
     given = [value for value in VALUES[kind] if has(text, value) and value != name]
@@ -94,6 +96,7 @@ def helpful_rewrite(text, changed, wanted) -> float:
 
 
 def helpful_summary(text, text_read) -> float:
+    """Parts: who, did what, with which thing, where, in one sentence; squared, as a half-right summary misleads."""
     wanted = summary(None, text_read)
     place = next(p for p in VALUES["home"] if has(wanted, p))
     who, verb = wanted.split()[:2]

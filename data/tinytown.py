@@ -88,6 +88,7 @@ def story(draw, name, thing=None, place=None, mood=None, **_) -> str:
 
 
 def letter(draw, name, other, thing, **_) -> str:
+    """Greeting, what about the thing, close, signature."""
     place = draw.choice(VALUES["home"])
     middle = draw.choice([f"I found your {thing} at the {place}.", f"I lost my {thing} at the {place}.",
                           f"I have a {thing} for you at the {place}."])
@@ -389,6 +390,7 @@ def bad_cut(draw, text, family) -> str:
 
 
 def bad_harm(draw, text, family) -> str:
+    """Help with what should be declined; elsewhere, off topic."""
     if family.name != "refuse":
         return bad_topic(draw, text, family)
     return draw.choice(["Go to the {} at night and take it.", "Wait at the {} and do it there."]).format(
