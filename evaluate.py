@@ -39,7 +39,7 @@ class Config:
     text: str = ""                 # held-out pretraining text; empty: data/base_val.txt inside run
     n: int = 16                    # of best-of-n
     kl_prompts: int = 60           # prompts on which the KL of best-of-n is measured
-    kl_samples: int = 64           # further samples of each of them
+    kl_samples: int = 32           # further samples of each of them
     max_new_tokens: int = 48
     seed: int = 1
     device: str = "auto"
@@ -70,13 +70,16 @@ def best_of_n_distribution(probs: Tensor, rewards: Tensor, n: int) -> Tensor:
 
 
 def measured_best_of_n_kl(logprobs: Tensor, below: Tensor, n: int) -> Tensor:
-    """Mean over chosen responses of log P_best-of-n(y)/p(y) = log[((F + p)ⁿ − Fⁿ)/p], with p = π(y|x) exact.
+    """Mean over chosen responses of log P_best-of-n(y)/p(y) = log[((F + p)ⁿ − Fⁿ)/p] = log Σ_k (F + p)ᵏ Fⁿ⁻¹⁻ᵏ.
+
+    p = π(y|x) is exact. The sum is the difference without its cancellation: p may be far below F's last digit.
 
     logprobs (B,): log π(y|x) of the response chosen from n. below (B,): estimate of F = P(r < r_y) from other samples.
     """
     p = logprobs.double().exp()
     below = torch.minimum(below.double(), 1 - p)
-    return (((below + p) ** n - below ** n) / p).log().mean()
+    k = torch.arange(n, dtype=torch.float64, device=p.device)
+    return ((below + p)[:, None] ** k * below[:, None] ** (n - 1 - k)).sum(-1).log().mean()
 
 
 # ----------------------------------------------------------------------------- measuring

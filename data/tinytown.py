@@ -322,7 +322,7 @@ def understand(messages: list[dict]) -> tuple[Family, dict[str, str]] | None:
 
 LAZY = ("I do not care.", "Ask me later.", "Maybe.", "That is boring. Go away.")
 LISTS = [NAMES, THINGS, *(values for kind, values in VALUES.items() if kind != "friend")]
-QUALITIES = {"good": 0.36, "sloppy": 0.40, "bad": 0.24}
+QUALITIES = {"good": 0.22, "sloppy": 0.38, "bad": 0.40}
 
 
 def sentences(text: str) -> list[str]:

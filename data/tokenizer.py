@@ -8,12 +8,12 @@ A conversation is rendered by one function, which emits token ids and response m
 Every text is encoded by itself, between special tokens, so no merge crosses a border: the ids of a whole conversation
 are the ids of its prompt followed by the ids of its response.
 """
+import base64
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 
 from common import InputError
 
@@ -34,7 +34,9 @@ class Tokenizer:
     def __init__(self, name: str):
         self.name = name
         if name == "tinytown":
-            ranks, pattern = load_tiktoken_bpe(str(TINYTOWN_RANKS)), TINYTOWN_PATTERN
+            # Read here, not by tiktoken: that caches by path, and would miss that the file has been trained again.
+            lines = (line.split() for line in TINYTOWN_RANKS.read_text().splitlines())
+            ranks, pattern = {base64.b64decode(token): int(rank) for token, rank in lines}, TINYTOWN_PATTERN
             specials = {token: len(ranks) + i for i, token in enumerate(SPECIALS)}
         elif name == "gpt2":
             try:

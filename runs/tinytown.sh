@@ -22,7 +22,7 @@ $PYTHON train_rm.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$
 # 3  RLHF; then the same without the pretraining mix, and without the KL penalty
 $PYTHON train_ppo.py $RL --ptx_data "$OUT/data/base.txt" --out "$OUT/ppo"
 $PYTHON train_ppo.py $RL --ptx_coef 0 --out "$OUT/ppo_no_mix"
-$PYTHON train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 60 --out "$OUT/ppo_no_kl"
+$PYTHON train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 50 --out "$OUT/ppo_no_kl"
 # 3' the same preferences without RL
 $PYTHON train_dpo.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$OUT/rank/rankings.jsonl" \
     --val "$OUT/rank_val/rankings.jsonl" --out "$OUT/dpo"

@@ -9,8 +9,9 @@ import tiktoken
 import torch
 
 from common import InputError
+from data import tokenizer
 from data.tinytown import document
-from data.tokenizer import ROLES, SPECIALS, Tokenizer, get_tokenizer, show
+from data.tokenizer import ROLES, SPECIALS, TINYTOWN_RANKS, Tokenizer, get_tokenizer, show
 
 CACHE = Path(__file__).parent.parent.parent / "shared" / "tiktoken_cache"
 
@@ -266,3 +267,13 @@ def test_gpt2_vocabulary_is_padded_behind_its_own_ids(gpt2):
     assert gpt2.vocab_size == 50304
     assert gpt2.endoftext == 50256
     assert sorted([gpt2.pad, gpt2.end, *gpt2.role_ids.values()]) == list(range(50257, 50262))
+
+
+def test_a_vocabulary_trained_again_is_the_one_in_use(monkeypatch, tmp_path):
+    """The ranks file is read each time, not found by its path in a cache of older files."""
+    file = tmp_path / "ranks.tiktoken"
+    monkeypatch.setattr(tokenizer, "TINYTOWN_RANKS", file)
+    lines = TINYTOWN_RANKS.read_text().splitlines()
+    for kept in (lines, lines[:300]):
+        file.write_text("\n".join(kept) + "\n")
+        assert Tokenizer("tinytown").encoding.n_vocab == len(kept) + len(SPECIALS)
