@@ -9,7 +9,6 @@ import tiktoken
 import torch
 
 from common import InputError
-from data import tokenizer
 from data.tinytown import document
 from data.tokenizer import ROLES, SPECIALS, TINYTOWN_RANKS, Tokenizer, get_tokenizer, show
 
@@ -272,7 +271,7 @@ def test_gpt2_vocabulary_is_padded_behind_its_own_ids(gpt2):
 def test_a_vocabulary_trained_again_is_the_one_in_use(monkeypatch, tmp_path):
     """The ranks file is read each time, not found by its path in a cache of older files."""
     file = tmp_path / "ranks.tiktoken"
-    monkeypatch.setattr(tokenizer, "TINYTOWN_RANKS", file)
+    monkeypatch.setattr("data.tokenizer.TINYTOWN_RANKS", file)
     lines = TINYTOWN_RANKS.read_text().splitlines()
     for kept in (lines, lines[:300]):
         file.write_text("\n".join(kept) + "\n")
