@@ -191,8 +191,9 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer) -> Reward:
     return reward
 
 
-def load_reward(name: str, device) -> tuple[Reward, RewardModel | None]:
-    """The reward that `--reward` names, and the model behind it if there is one."""
+def load_reward(name: str, vocabulary: str, device) -> tuple[Reward, RewardModel | None]:
+    """The reward that `--reward` names, and the model behind it if there is one: it must share the policy's vocabulary,
+    as the value model, its copy, reads the policy's token ids."""
     if not name:
         raise InputError("--reward: name a reward-model folder, or module:function")
     if ":" in name and not Path(name).exists():
@@ -202,6 +203,9 @@ def load_reward(name: str, device) -> tuple[Reward, RewardModel | None]:
         except (ImportError, AttributeError) as error:
             raise InputError(f"--reward {name}: {error}; expected module:function, the module in this folder") from error
     model, tokenizer = load_reward_model(name)
+    if tokenizer.name != vocabulary:
+        raise InputError(f"--reward {name}: reads the {tokenizer.name} vocabulary, but the policy of --init writes {vocabulary}; "
+                         f"train the reward model from the same SFT model")
     model.to(device).eval()
     return model_reward(model, tokenizer), model
 
@@ -291,7 +295,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     ref_policy = copy.deepcopy(policy).requires_grad_(False)
     reward_model = None
     if reward is None:
-        reward, reward_model = load_reward(config.reward, machine.device)
+        reward, reward_model = load_reward(config.reward, tokenizer.name, machine.device)
     value_model = copy.deepcopy(reward_model) if reward_model else RewardModel(copy.deepcopy(policy))
     value_model.to(machine.device).requires_grad_(True).eval()
     room = policy.config.block_size - config.max_new_tokens

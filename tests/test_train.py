@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +109,13 @@ def test_reference_computed_after_training_is_refused(town, tmp_path, monkeypatc
     monkeypatch.setattr(train_dpo, "reference_logprobs", lambda *a: right(*a) + torch.tensor([0.5, 0.0]))
     with pytest.raises(RuntimeError, match="log 2"):
         train_dpo.train(train_dpo.Config(data=(str(town / "rank/rankings.jsonl"),), init=str(town / "sft"), out=str(tmp_path)))
+
+
+def test_ppo_refuses_a_reward_model_of_another_vocabulary(town, tmp_path, monkeypatch):
+    model, _ = load_reward_model(str(town / "rm"))
+    monkeypatch.setattr(train_ppo, "load_reward_model", lambda folder: (model, SimpleNamespace(name="gpt2")))
+    with pytest.raises(InputError, match="--reward .*gpt2 vocabulary.*tinytown"):
+        train_ppo.train(ppo_config(town, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
