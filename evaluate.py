@@ -114,6 +114,12 @@ def response_logprobs(model: GPT, prompts: list[list[int]], ids: list[list[int]]
     return torch.cat(sums).cpu()
 
 
+def kl_from_samples(model: GPT, ref: GPT, prompts: list[list[int]], ids: list[list[int]], pad: int, device) -> float:
+    """KL(model ‖ ref) in nats a response, estimated from the model's own responses (k1)."""
+    own, other = (response_logprobs(m, prompts, ids, pad, device) for m in (model, ref))
+    return (own - other).mean().item()
+
+
 def best_of_n(pool: list[list[int]], proxy: Tensor, n: int) -> tuple[list[list[int]], Tensor]:
     """(the response of highest proxy score among each n in a row, its score)."""
     best = proxy.view(-1, n).argmax(-1)
@@ -162,10 +168,7 @@ def train(config: Config) -> dict:
     answers[f"best_of_{n}"] = grade(conversations, chosen, tokenizer, reward)
 
     pad, device = tokenizer.pad, machine.device
-    kl = {}
-    for name, model in models.items():
-        own = response_logprobs(model, prompts, answers[name].ids, pad, device)
-        kl[name] = (own - response_logprobs(models["sft"], prompts, answers[name].ids, pad, device)).mean().item()
+    kl = {name: kl_from_samples(model, models["sft"], prompts, answers[name].ids, pad, device) for name, model in models.items()}
     some = random.Random(config.seed).sample(range(len(prompts)), min(config.kl_prompts, len(prompts)))
     others = grade([conversations[i] for i in some for _ in range(config.kl_samples)],
                    sample(models["sft"], [prompts[i] for i in some for _ in range(config.kl_samples)], "kl"), tokenizer, reward)
@@ -192,11 +195,7 @@ def train(config: Config) -> dict:
         "tokens_per_second": {stage: final["tokens_per_second"] for stage, final in finals.items() if "tokens_per_second" in final},
         "over_optimisation": {name: over_optimisation(run / name) for name in ("ppo", "ppo_no_kl") if name in models},
     }
-    write_atomically(run / "report.json", lambda path: path.write_text(json.dumps(rounded(report), indent=1) + "\n"))
-    page = f"# {run}\n\n{table(report)}\n{checks(report)}\n{examples(conversations, answers)}"
-    write_atomically(run / "report.md", lambda path: path.write_text(page))
-    draw_plots(report, run)
-    print(f"{table(report)}\n{checks(report)}\nwritten: {run}/report.json report.md gold.png over_optimisation.png training.png")
+    write_report(run, report, conversations, answers)
     return report
 
 
@@ -255,6 +254,15 @@ def examples(conversations: list[list[dict]], answers: dict[str, Answers], count
                 lines.append(f"| {name} | {text} | {answers[name].gold[i]:.2f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def write_report(run: Path, report: dict, conversations: list[list[dict]], answers: dict[str, Answers]) -> None:
+    """report.json, report.md and the plots into the run's folder; the table and the claims on stdout."""
+    write_atomically(run / "report.json", lambda path: path.write_text(json.dumps(rounded(report), indent=1) + "\n"))
+    page = f"# {run}\n\n{table(report)}\n{checks(report)}\n{examples(conversations, answers)}"
+    write_atomically(run / "report.md", lambda path: path.write_text(page))
+    draw_plots(report, run)
+    print(f"{table(report)}\n{checks(report)}\nwritten: {run}/report.json report.md gold.png over_optimisation.png training.png")
 
 
 def draw_plots(report: dict, run: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
 from data.batches import Row, buckets, pad_rows, ranking_rows
 from data.readers import Ranking, read_rankings
+from data.tokenizer import Tokenizer
 from model import GPT, load_gpt
 
 Pair = tuple[Row, Row]             # chosen, rejected: the prompt and one response each
@@ -81,6 +82,21 @@ def pairs_of(rankings: list[Ranking], rows: list[list[Row]], most: int, draw: ra
     return pairs
 
 
+def read_pairs(config: Config, tokenizer: Tokenizer, limit: int, draw: random.Random) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to train on, pairs held out): of config.data and config.val, or with every tenth row of data held out."""
+    rankings, rows = ranking_rows(read_rankings(*config.data), tokenizer, limit)
+    if config.val:
+        val_pairs = pairs_of(*ranking_rows(read_rankings(config.val), tokenizer, limit), config.pairs_per_ranking, draw)
+    else:
+        val_pairs = pairs_of(rankings[::10], rows[::10], config.pairs_per_ranking, draw)
+        keep = [i for i in range(len(rows)) if i % 10 or len(rows) == 1]
+        rankings, rows = [rankings[i] for i in keep], [rows[i] for i in keep]
+    pairs = pairs_of(rankings, rows, config.pairs_per_ranking, draw)
+    if not pairs or not val_pairs:
+        raise InputError("no untied pair to train on or to hold out: every ranking is tied, or there is only one row")
+    return pairs, val_pairs
+
+
 def pair_logprobs(model: GPT, pairs: list[Pair], pad: int, device) -> tuple[Tensor, Tensor]:
     """(chosen, rejected) log-probabilities of whole responses, (B,) each, from one forward pass over both."""
     tokens, mask, _ = pad_rows([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], pad, device)
@@ -122,16 +138,7 @@ def train(config: Config) -> dict:
     policy.to(machine.device).eval()
     limit, pad, device = policy.config.block_size, tokenizer.pad, machine.device
     draw = random.Random(config.seed)
-    rankings, rows = ranking_rows(read_rankings(*config.data), tokenizer, limit)
-    if config.val:
-        val_pairs = pairs_of(*ranking_rows(read_rankings(config.val), tokenizer, limit), config.pairs_per_ranking, draw)
-    else:
-        val_pairs = pairs_of(rankings[::10], rows[::10], config.pairs_per_ranking, draw)
-        keep = [i for i in range(len(rows)) if i % 10 or len(rows) == 1]
-        rankings, rows = [rankings[i] for i in keep], [rows[i] for i in keep]
-    pairs = pairs_of(rankings, rows, config.pairs_per_ranking, draw)
-    if not pairs or not val_pairs:
-        raise InputError("no untied pair to train on or to hold out: every ranking is tied, or there is only one row")
+    pairs, val_pairs = read_pairs(config, tokenizer, limit, draw)
     sizes = [len(chosen[0]) + len(rejected[0]) for chosen, rejected in pairs]
     batches = buckets(sizes, config.micro_batch or config.batch_size, draw)       # one forward pass each
     val_batches = [list(range(i, min(i + 64, len(val_pairs)))) for i in range(0, len(val_pairs), 64)]

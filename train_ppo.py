@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -279,6 +280,18 @@ def update(policy: GPT, value_model: RewardModel, batch: Rollout, rows: Tensor, 
             "clip_fraction": masked_mean(((ratio - 1).abs() > config.cliprange).float(), mask)}
 
 
+def record(file: TextIO, step: int, conversations: list[list[dict]], batch: Rollout) -> None:
+    """Append the episodes of a rollout to rollouts.jsonl, for whoever wants to read or grade them afterwards."""
+    for messages, text, ended, score in zip(conversations, batch.texts, batch.ended, batch.scores.tolist()):
+        file.write(json.dumps({"step": step, "messages": messages, "response": text, "ended": ended, "score": round(score, 4)}) + "\n")
+
+
+def first_sample(step: int, messages: list[dict], batch: Rollout) -> str:
+    """The rollout's first episode in one line, with its score and its KL from the reference (k1, nats)."""
+    kl = (batch.logprobs - batch.ref_logprobs)[0].sum().item()
+    return f"[{step}] {messages[-1]['content']!r} → {batch.texts[0]!r} score {batch.scores[0].item():.2f} kl {kl:.2f}"
+
+
 def train(config: Config, reward: Reward | None = None) -> dict:
     """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
     check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size), inner_epochs=(1, 100),
@@ -343,13 +356,9 @@ def train(config: Config, reward: Reward | None = None) -> dict:
         numbers.pop("ratio_error")
         if config.target_kl > 0:
             beta = adapted_beta(beta, numbers["kl"], config.target_kl, config.batch_size, config.horizon)
-        for i, row in enumerate(chosen):
-            rollouts.write(json.dumps({"step": step + 1, "messages": conversations[row], "response": batch.texts[i],
-                                       "ended": batch.ended[i], "score": round(batch.scores[i].item(), 4)}) + "\n")
+        record(rollouts, step + 1, [conversations[i] for i in chosen], batch)
         if (step + 1) % config.sample_every == 0:
-            kl = (batch.logprobs - batch.ref_logprobs)[0].sum().item()
-            log.bar.write(f"[{step + 1}] {conversations[chosen[0]][-1]['content']!r} → {batch.texts[0]!r} "
-                          f"score {batch.scores[0].item():.2f} kl {kl:.2f}", file=sys.stderr)
+            log.bar.write(first_sample(step + 1, conversations[chosen[0]], batch), file=sys.stderr)
         log.tokens += batch.tokens.numel()
         log.write(step + 1, show=("score", "kl", "entropy", "length", "end_rate"), **numbers)
         log.bar.update()

@@ -2,6 +2,7 @@
 small vocabulary can be enumerated. The whole `train()` of each script runs, on a toy tokenizer of eight ids."""
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -152,3 +153,9 @@ def test_best_of_n_kl_meets_the_bound_where_rewards_are_distinct_and_many():
     assert measured == pytest.approx(kl, abs=0.02)
     few = evaluate.best_of_n_distribution(torch.tensor([0.5, 0.5]).double(), torch.tensor([0.0, 1.0]).double(), 8)
     assert (few * (few / 0.5).log()).sum().item() < evaluate.best_of_n_kl(8) / 1.5    # saturates at −log p_max
+
+
+def test_best_of_n_kl_of_a_response_far_less_likely_than_the_others():
+    """p = e⁻⁶⁰ vanishes beside F = 0.9 in float64; ((F + p)ⁿ − Fⁿ)/p → n·Fⁿ⁻¹."""
+    measured = evaluate.measured_best_of_n_kl(torch.tensor([-60.0]), torch.tensor([0.9]), 16).item()
+    assert measured == pytest.approx(math.log(16) + 15 * math.log(0.9), abs=1e-6)
