@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common import InputError, check_range, main, setup, write_atomically
-from data.batches import TextStream, pad_rows, prompt_rows, response_row
+from data.batches import TextStream, by_length, pad_rows, prompt_rows, response_row
 from data.gold import gold_score
 from data.readers import read_prompts, read_text
 from data.tokenizer import Tokenizer
@@ -98,20 +98,18 @@ def grade(conversations: list[list[dict]], ids: list[list[int]], tokenizer: Toke
     """Gold and proxy scores of one response to each conversation."""
     texts, ended = zip(*(tokenizer.response_text(response) for response in ids))
     gold = torch.tensor([gold_score(*row) for row in zip(conversations, texts, ended)])
-    proxy = [score for start in range(0, len(texts), 256)
-             for score in reward(conversations[start:start + 256], list(texts[start:start + 256]))]
-    return Answers(list(texts), ids, gold, torch.tensor(proxy), sum(map(len, ids)) / len(ids))
+    proxy = torch.tensor(reward(conversations, list(texts)))
+    return Answers(list(texts), ids, gold, proxy, sum(map(len, ids)) / len(ids))
 
 
 @torch.no_grad()
 def response_logprobs(model: GPT, prompts: list[list[int]], ids: list[list[int]], pad: int, device) -> Tensor:
     """log π(y|x) of whole responses, (n,)."""
-    sums = []
-    for start in range(0, len(prompts), 128):
-        rows = [response_row(p, y) for p, y in zip(prompts[start:start + 128], ids[start:start + 128])]
-        tokens, mask, _ = pad_rows(rows, pad, device)
-        sums.append(model.logprobs(tokens, mask)[0].sum(-1))
-    return torch.cat(sums).cpu()
+    sums = torch.zeros(len(prompts))
+    for part in by_length([len(p) + len(y) for p, y in zip(prompts, ids)], 64):
+        tokens, mask, _ = pad_rows([response_row(prompts[i], ids[i]) for i in part], pad, device)
+        sums[part] = model.logprobs(tokens, mask)[0].sum(-1).cpu()
+    return sums
 
 
 def kl_from_samples(model: GPT, ref: GPT, prompts: list[list[int]], ids: list[list[int]], pad: int, device) -> float:

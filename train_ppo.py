@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
-from data.batches import TextStream, pad_rows, prompt_rows, response_row
+from data.batches import TextStream, by_length, pad_rows, prompt_rows, response_row
 from data.readers import read_prompts, read_text
 from data.tokenizer import Tokenizer
 from kernels import masked_mean
@@ -51,6 +51,7 @@ class Config:
     steps: int = 100               # rollouts (InstructGPT: 256,000 episodes in all)
     batch_size: int = 64           # episodes a rollout (InstructGPT: 512)
     minibatches: int = 2           # optimiser steps an inner epoch (InstructGPT: 8)
+    micro_batch: int = 0           # episodes a forward pass, of similar length; 0: a minibatch's all at once
     inner_epochs: int = 1          # passes over a rollout (InstructGPT: 1; Ziegler et al.: 4)
     max_new_tokens: int = 48       # longest response
     temperature: float = 1.0       # of rollouts and of all log-probabilities; no top-k or top-p: they would not match
@@ -77,7 +78,7 @@ class Config:
 
 
 # Tinytown's β is over seven times InstructGPT's: learned from labels of which a quarter is flipped, rewards differ by tenths.
-PRESETS = {"tinytown": dict(steps=76, lr=3e-4, value_lr=5e-4, beta=0.15)}
+PRESETS = {"tinytown": dict(steps=76, micro_batch=8, lr=3e-4, value_lr=5e-4, beta=0.15)}
 
 
 # ----------------------------------------------------------------------------- equations
@@ -185,10 +186,13 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer) -> Reward:
     def reward(conversations: list[list[dict]], responses: list[str]) -> list[float]:
         rows = []
         for messages, text in zip(conversations, responses):
-            ids, _ = tokenizer.render([*messages, {"role": "assistant", "content": text}])
-            rows.append((ids[:model.config.block_size], [False] * min(len(ids), model.config.block_size)))
-        tokens, _, lengths = pad_rows(rows, tokenizer.pad, model.head.weight.device)
-        return model(tokens, lengths).tolist()
+            ids, mask = tokenizer.render([*messages, {"role": "assistant", "content": text}])
+            rows.append((ids[:model.config.block_size], mask[:model.config.block_size]))
+        scores = torch.zeros(len(rows))
+        for part in by_length([len(ids) for ids, _ in rows], 32):
+            tokens, _, lengths = pad_rows([rows[i] for i in part], tokenizer.pad, model.head.weight.device)
+            scores[part] = model(tokens, lengths).cpu()
+        return scores.tolist()
     return reward
 
 
@@ -211,9 +215,27 @@ def load_reward(name: str, vocabulary: str, device) -> tuple[Reward, RewardModel
     return model_reward(model, tokenizer), model
 
 
+Part = tuple[Tensor, slice]        # rows of a rollout for one forward pass, and the columns that hold their tokens
+
+
+def split(lengths: list[int], minibatches: int, micro_batch: int, device) -> list[list[Part]]:
+    """Cut a rollout into minibatches, and each into parts of up to `micro_batch` rows of similar length (0: one part).
+
+    The gradients of the parts add up to the minibatch's: parts save memory and padding, and change nothing else.
+    """
+    cut = []
+    for rows in torch.arange(len(lengths)).chunk(minibatches):
+        rows = rows.tolist()
+        parts = by_length([lengths[i] for i in rows], micro_batch or len(rows))
+        cut.append([(torch.tensor([rows[i] for i in part], device=device), slice(max(lengths[rows[i]] for i in part)))
+                    for part in parts])
+    return cut
+
+
 @dataclass(slots=True)
 class Rollout:
     """What one batch of episodes leaves for learning. Tensors are (B, T), aligned with tokens, 0 outside the mask."""
+    minibatches: list[list[Part]]
     texts: list[str]
     ended: list[bool]
     scores: Tensor               # (B,) of whole responses
@@ -228,8 +250,8 @@ class Rollout:
 @torch.no_grad()
 def rollout(policy: GPT, ref_policy: GPT, value_model: RewardModel, reward: Reward, conversations: list[list[dict]],
             prompts: list[list[int]], tokenizer: Tokenizer, config: Config, generator: torch.Generator) -> Rollout:
-    """Sample one response to each prompt and score it. Log-probabilities are computed in the minibatches of training,
-    so that the first update sees exactly these numbers again (ratio ≡ 1).
+    """Sample one response to each prompt and score it. Log-probabilities are computed in the parts of training, so that
+    the first update sees exactly these numbers again (ratio ≡ 1).
     """
     responses = policy.generate(prompts, config.max_new_tokens, temperature=config.temperature, stop_token=tokenizer.end,
                                 generator=generator)
@@ -237,13 +259,15 @@ def rollout(policy: GPT, ref_policy: GPT, value_model: RewardModel, reward: Rewa
     device = policy.wte.weight.device
     scores = torch.tensor(reward(conversations, texts), dtype=torch.float32, device=device)
     scores = torch.where(torch.tensor(ended, device=device), scores, config.missing_end_score)
-    tokens, mask, _ = pad_rows([response_row(p, r) for p, r in zip(prompts, responses)], tokenizer.pad, device)
-    parts = []
-    for rows in torch.arange(len(tokens), device=device).chunk(config.minibatches):
-        logprobs, entropy = policy.logprobs(tokens[rows], mask[rows], config.temperature)
-        ref_logprobs, _ = ref_policy.logprobs(tokens[rows], mask[rows], config.temperature)
-        parts.append((logprobs, ref_logprobs, entropy, state_values(value_model, tokens[rows], mask[rows])))
-    return Rollout(texts, ended, scores, tokens, mask, *(torch.cat(column) for column in zip(*parts)))
+    tokens, mask, lengths = pad_rows([response_row(p, r) for p, r in zip(prompts, responses)], tokenizer.pad, device)
+    minibatches = split(lengths.tolist(), config.minibatches, config.micro_batch, device)
+    logprobs, ref_logprobs, entropy, values = torch.zeros(4, *tokens.shape, device=device)
+    for rows, columns in (part for parts in minibatches for part in parts):
+        x, m = tokens[rows, columns], mask[rows, columns]                                   # (b, t)
+        logprobs[rows, columns], entropy[rows, columns] = policy.logprobs(x, m, config.temperature)
+        ref_logprobs[rows, columns], _ = ref_policy.logprobs(x, m, config.temperature)
+        values[rows, columns] = state_values(value_model, x, m)
+    return Rollout(minibatches, texts, ended, scores, tokens, mask, logprobs, ref_logprobs, entropy, values)
 
 
 def state_values(value_model: RewardModel, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -266,18 +290,25 @@ def evaluate(batch: Rollout, rewards: Tensor, returns: Tensor) -> dict[str, floa
 
 # ----------------------------------------------------------------------------- training
 
-def update(policy: GPT, value_model: RewardModel, batch: Rollout, rows: Tensor, advantages: Tensor, returns: Tensor,
+def update(policy: GPT, value_model: RewardModel, batch: Rollout, parts: list[Part], advantages: Tensor, returns: Tensor,
            config: Config) -> dict[str, Tensor]:
-    """Gradients of L_π + c_V L_V on some rows of a rollout; returns what the log shows."""
-    mask, old_logprobs, old_values = batch.mask[rows], batch.logprobs[rows], batch.values[rows]
-    logprobs, _ = policy.logprobs(batch.tokens[rows], mask, config.temperature)             # (b, T)
-    values = state_values(value_model, batch.tokens[rows], mask)                            # (b, T)
-    loss_policy = policy_loss(logprobs, old_logprobs, advantages[rows], mask, config.cliprange)
-    loss_value = value_loss(values, old_values, returns[rows], mask, config.cliprange_value)
-    (loss_policy + config.vf_coef * loss_value).backward()
-    ratio = torch.exp(logprobs.detach() - old_logprobs)                                     # 1 outside the mask
-    return {"policy_loss": loss_policy.detach(), "value_loss": loss_value.detach(), "ratio_error": (ratio - 1).abs().max(),
-            "clip_fraction": masked_mean(((ratio - 1).abs() > config.cliprange).float(), mask)}
+    """Gradients of L_π + c_V L_V on one minibatch of a rollout; returns what the log shows."""
+    tokens_of = [batch.mask[rows].sum() for rows, _ in parts]
+    shown = []
+    for part, count in zip(parts, tokens_of):
+        mask, old_logprobs, old_values = batch.mask[part], batch.logprobs[part], batch.values[part]   # (b, t)
+        logprobs, _ = policy.logprobs(batch.tokens[part], mask, config.temperature)         # (b, t)
+        values = state_values(value_model, batch.tokens[part], mask)                        # (b, t)
+        loss_policy = policy_loss(logprobs, old_logprobs, advantages[part], mask, config.cliprange)
+        loss_value = value_loss(values, old_values, returns[part], mask, config.cliprange_value)
+        share = count / sum(tokens_of)            # means of parts, so weighted, add up to the mean of the minibatch
+        (share * (loss_policy + config.vf_coef * loss_value)).backward()
+        ratio = torch.exp(logprobs.detach() - old_logprobs)                                 # 1 outside the mask
+        clipped = masked_mean(((ratio - 1).abs() > config.cliprange).float(), mask)
+        shown.append(torch.stack([share * loss_policy.detach(), share * loss_value.detach(), share * clipped,
+                                  (ratio - 1).abs().max()]))
+    numbers = torch.stack(shown)                                                            # (parts, 4)
+    return dict(zip(("policy_loss", "value_loss", "clip_fraction"), numbers.sum(0))) | {"ratio_error": numbers[:, 3].max()}
 
 
 def record(file: TextIO, step: int, conversations: list[list[dict]], batch: Rollout) -> None:
@@ -294,7 +325,7 @@ def first_sample(step: int, messages: list[dict], batch: Rollout) -> str:
 
 def train(config: Config, reward: Reward | None = None) -> dict:
     """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
-    check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size), inner_epochs=(1, 100),
+    check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size), micro_batch=(0, 10**6), inner_epochs=(1, 100),
                 max_new_tokens=(1, 10**5), temperature=(0.01, 10), beta=(0, 100), target_kl=(0, 10**4), gamma=(0, 1),
                 lam=(0, 1), cliprange=(0, 10), cliprange_value=(0, 10**6), ptx_coef=(0, 10**4),
                 ptx_windows=(1, 10**6), ptx_window=(2, 10**6), lr=(0, 1), value_lr=(0, 1))
@@ -335,12 +366,11 @@ def train(config: Config, reward: Reward | None = None) -> dict:
         advantages = whiten(advantages, batch.mask)
 
         learned = []
-        minibatches = torch.arange(config.batch_size, device=machine.device).chunk(config.minibatches)
         for epoch in range(config.inner_epochs):
-            for index, rows in enumerate(minibatches):
+            for index, parts in enumerate(batch.minibatches):
                 count = (step * config.inner_epochs + epoch) * config.minibatches + index
                 with machine.autocast():
-                    shown = update(policy, value_model, batch, rows, advantages, returns, config)
+                    shown = update(policy, value_model, batch, parts, advantages, returns, config)
                     if epoch == index == 0 and shown["ratio_error"] > 1e-3:
                         raise RuntimeError(f"step {step + 1}: the first minibatch's ratio is off 1 by "
                                            f"{shown['ratio_error']:.2g}; old log-probabilities are not the policy's")

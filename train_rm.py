@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
-from data.batches import Row, buckets, demonstration_rows, pad_rows, ranking_batch, ranking_rows
+from data.batches import Row, buckets, by_length, demonstration_rows, pad_rows, ranking_batch, ranking_rows, ranking_splits
 from data.readers import Ranking, read_demonstrations, read_rankings
 from model import RewardModel, load_gpt
 
@@ -99,9 +99,7 @@ def evaluate(model: RewardModel, rankings: list[Ranking], rows: list[list[Row]],
     """{"accuracy": share of pairs in the given order, "loss": ranking loss} over all rankings."""
     model.eval()
     right = pairs = total = prompts = 0.0
-    order = sorted(range(len(rows)), key=lambda i: max(len(tokens) for tokens, _ in rows[i]))
-    for start in range(0, len(rows), 32):
-        part = order[start:start + 32]
+    for part in by_length([max(len(tokens) for tokens, _ in group) for group in rows], 32):
         batch = ranking_batch([rankings[i] for i in part], [rows[i] for i in part], pad, device)
         rewards = batch.rewards(model)                                                      # (B, K)
         hits, count = ranking_accuracy(rewards, batch.scores, batch.mask)
@@ -116,8 +114,8 @@ def set_bias(model: RewardModel, rows: list[Row], pad: int, device) -> None:
     """Shift the reward so that these demonstrations average 0."""
     model.eval()
     scores = []
-    for start in range(0, len(rows), 64):
-        tokens, _, lengths = pad_rows(rows[start:start + 64], pad, device)
+    for part in by_length([len(tokens) for tokens, _ in rows], 64):
+        tokens, _, lengths = pad_rows([rows[i] for i in part], pad, device)
         scores.append(model(tokens, lengths))
     model.bias += torch.cat(scores).mean()
 
@@ -131,13 +129,7 @@ def train(config: Config) -> dict:
     gpt, tokenizer = load_gpt(config.init)
     model = RewardModel(gpt).to(machine.device)
     limit = gpt.config.block_size
-    rankings, rows = ranking_rows(read_rankings(*config.data), tokenizer, limit)
-    if config.val:
-        val = ranking_rows(read_rankings(config.val), tokenizer, limit)
-    else:
-        val = rankings[::10], rows[::10]
-        keep = [i for i in range(len(rows)) if i % 10 or len(rows) == 1]
-        rankings, rows = [rankings[i] for i in keep], [rows[i] for i in keep]
+    (rankings, rows), val = ranking_splits(config.data, config.val, tokenizer, limit)
     sizes = [sum(len(tokens) for tokens, _ in parts) for parts in rows]
     draw = random.Random(config.seed)
     batches = [batch for _ in range(config.epochs) for batch in buckets(sizes, config.batch_size, draw)]
@@ -158,7 +150,7 @@ def train(config: Config) -> dict:
             step_loss += loss.item()
             right, count = ranking_accuracy(rewards.detach(), batch.scores, batch.mask)
             hits, pairs = hits + right, pairs + count
-            log.tokens += sum(tokens.numel() for tokens, _ in batch.parts)
+            log.tokens += sum(tokens.numel() for tokens, _, _ in batch.parts)
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
         norm = optimizer_step(optimizer, lr, config.max_norm)
         log.write(step + 1, show=("loss", "accuracy"), loss=step_loss, accuracy=hits / max(1, pairs), lr=lr, grad_norm=norm)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common import InputError
-from data.readers import Ranking
+from data.readers import Ranking, read_rankings
 from data.tokenizer import Tokenizer
 
 Row = tuple[list[int], list[bool]]      # token ids and response mask of one sequence, aligned
@@ -36,6 +36,12 @@ def buckets(lengths: list[int], batch_size: int, draw: random.Random) -> list[li
         batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
     draw.shuffle(batches)
     return batches
+
+
+def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Indices 0…n−1 in batches of similar length, shortest first: for passes that only measure."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def demonstration_rows(conversations: list[list[dict]], tokenizer: Tokenizer, block_size: int) -> list[Row]:
@@ -67,6 +73,16 @@ def ranking_rows(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int)
     return kept, rows
 
 
+def ranking_splits(data: tuple[str, ...], val: str, tokenizer: Tokenizer, block_size: int):
+    """((rankings, rows) to train on, (rankings, rows) held out): the files of data and of val, or, without val, every
+    tenth ranking of data held out. A single ranking is in both."""
+    rankings, rows = ranking_rows(read_rankings(*data), tokenizer, block_size)
+    if val:
+        return (rankings, rows), ranking_rows(read_rankings(val), tokenizer, block_size)
+    keep = [i for i in range(len(rows)) if i % 10 or len(rows) == 1]
+    return ([rankings[i] for i in keep], [rows[i] for i in keep]), (rankings[::10], rows[::10])
+
+
 def response_row(prompt: list[int], response: list[int]) -> Row:
     """A prompt and a response as one row; the mask is 1 on the response."""
     return prompt + response, [False] * len(prompt) + [True] * len(response)
@@ -91,7 +107,7 @@ def report(total: int, dropped: int, cut: int, limit: int) -> None:
 @dataclass(frozen=True, slots=True)
 class RankingBatch:
     """B rankings of up to K responses each, every response once: its forward pass serves all its K − 1 pairs."""
-    parts: list[tuple[Tensor, Tensor]]   # (tokens (n, T), lengths (n,)) of all N responses, shortest first: less padding
+    parts: list[tuple[Tensor, Tensor, Tensor]]   # `pad_rows` of all N responses in a few tensors, shortest first: less padding
     place: Tensor                        # (N,) where each of the N rows, in the order of parts, stands in the grid
     scores: Tensor                       # (B, K) what the annotator said, higher = better; 0 where there is no response
     mask: Tensor                         # (B, K) bool, 1 = a response
@@ -100,8 +116,12 @@ class RankingBatch:
 
     def rewards(self, model: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """model(tokens, lengths) of every response, laid out by ranking, (B, K); 0 where there is no response."""
-        values = torch.cat([model(tokens, lengths) for tokens, lengths in self.parts])      # (N,)
-        return values.new_zeros(self.mask.numel()).index_put((self.place,), values).view(self.mask.shape)
+        return self.layout([model(tokens, lengths) for tokens, _, lengths in self.parts])
+
+    def layout(self, values: list[Tensor]) -> Tensor:
+        """One number a response, a tensor for each of parts, laid out by ranking, (B, K); 0 where there is no response."""
+        numbers = torch.cat(values)                                                         # (N,)
+        return numbers.new_zeros(self.mask.numel()).index_put((self.place,), numbers).view(self.mask.shape)
 
 
 def ranking_batch(rankings: list[Ranking], rows: list[list[Row]], pad: int, device="cpu", parts: int = 4) -> RankingBatch:
@@ -116,8 +136,7 @@ def ranking_batch(rankings: list[Ranking], rows: list[list[Row]], pad: int, devi
                     key=lambda item: len(item[1][0]))
     size = -(-len(placed) // parts)
     chunks = [pad_rows([row for _, row in placed[start:start + size]], pad, device) for start in range(0, len(placed), size)]
-    return RankingBatch([(tokens, lengths) for tokens, _, lengths in chunks],
-                        torch.tensor([place for place, _ in placed], device=device), scores, mask,
+    return RankingBatch(chunks, torch.tensor([place for place, _ in placed], device=device), scores, mask,
                         torch.tensor([[ranking.margin] for ranking in rankings], device=device),
                         sum(len(set(ranking.scores)) > 1 for ranking in rankings))
 
@@ -126,9 +145,12 @@ class TextStream:
     """Documents as one stream of ids, <|endoftext|> before each, cut into windows for next-token training."""
 
     def __init__(self, documents: list[str], tokenizer: Tokenizer, device="cpu"):
-        encoded = [torch.tensor([tokenizer.endoftext, *ids]) for ids in tokenizer.encoding.encode_ordinary_batch(documents)]
-        self.ids = torch.cat(encoded)
-        self.first = torch.tensor([0, *map(len, encoded[:-1])]).cumsum(0)       # where each document begins
+        ids, first = [], []
+        for document in documents:
+            first.append(len(ids))
+            ids += [tokenizer.endoftext, *tokenizer.encode(document)]
+        self.ids = torch.tensor(ids)
+        self.first = torch.tensor(first)                                        # where each document begins
         self.device = device
 
     def random_windows(self, count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,11 @@ import json
 import random
 import re
 import zlib
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 # ----------------------------------------------------------------------------- the town
@@ -322,7 +324,7 @@ def understand(messages: list[dict]) -> tuple[Family, dict[str, str]] | None:
 
 LAZY = ("I do not care.", "Ask me later.", "Maybe.", "That is boring. Go away.")
 LISTS = [NAMES, THINGS, *(values for kind, values in VALUES.items() if kind != "friend")]
-QUALITIES = {"good": 0.22, "sloppy": 0.38, "bad": 0.40}
+QUALITIES = {"good": 0.26, "sloppy": 0.40, "bad": 0.34}
 
 
 def sentences(text: str) -> list[str]:
@@ -463,10 +465,15 @@ def split_of(messages: list[dict]) -> str:
 def instructions(split: str, count: int, seed: int, unique: bool = False) -> list[tuple[list[dict], Family, dict]]:
     """`count` instructions of a split at Table 1's frequencies: (messages, family, slots)."""
     draw = random.Random(f"{split}-{seed}")
+    shares = list(accumulate(family.share for family in FAMILIES))
+    # Evenly spaced points on the shares instead of random ones: each family gets its share, to within two
+    points = ((i + draw.random()) / count * shares[-1] for i in range(count))
+    wanted = [FAMILIES[bisect(shares, point)] for point in points]
+    draw.shuffle(wanted)
     rows, seen = [], set()
     while len(rows) < count:
-        family = draw.choices(FAMILIES, [family.share for family in FAMILIES])[0]
-        for _ in range(1000):
+        family = wanted.pop() if wanted else draw.choices(FAMILIES, [family.share for family in FAMILIES])[0]
+        for _ in range(1000):                                # then another family: this one has run out of new prompts
             messages, slots = fill(draw, family)
             text = "\n".join(message["content"] for message in messages)
             if split_of(messages) == split and not (unique and text in seen):
@@ -502,7 +509,7 @@ def write(folder: Path, seed: int, documents: int = 60_000) -> None:
     for name, part in {"base": texts[held_out:], "base_val": texts[:held_out]}.items():
         (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(part) + "\n")
     rows = {"sft": demonstrations("sft", 10_000, seed), "sft_val": demonstrations("val", 500, seed),
-            "rank": prompts("rank", 5_000, seed),
+            "rank": prompts("rank", 7_500, seed),
             "rank_val": prompts("val", 300, seed), "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
     for name, part in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))

@@ -26,7 +26,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from data import batches
+from data import batches, readers
 from data.tokenizer import get_tokenizer
 
 NAN, INF = math.nan, math.inf
@@ -706,13 +706,58 @@ def test_implicit_rewards_carry_no_gradient():
     assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
 
 
+def test_dpo_on_a_ranking_by_hand():
+    # β = 1, log π/π_ref: ln 2, 0, 0 and score order 2 > 1 = 1. Pairs (0,1), (0,2): σ(ln 2) = 2/3 each, mean −ln(2/3).
+    # The second prompt has one pair, on which policy and reference agree: ln 2. Its third place holds no response.
+    ln2 = math.log(2)
+    logprobs, ref_logprobs = torch.stack([vector(ln2 - 3, -4., -5.), vector(-1., -2., NAN)]), torch.stack(
+        [vector(-3., -4., -5.), vector(-1., -2., 7.)])
+    loss, pairs = train_dpo.ranking_dpo_loss(logprobs, ref_logprobs, torch.stack([vector(2., 1., 1.), vector(0., 1., 9.)]),
+                                             torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(), 1.0)
+    close(loss.item(), (math.log(3 / 2) + ln2) / 2)
+    close(pairs, torch.tensor([[ln2 - 3, ln2 - 3, -2], [-4, -5, -1], [ln2, ln2, 0], [0, 0, 0]], dtype=torch.float64))
+
+
+def test_dpo_on_rankings_is_the_ranking_loss_of_the_implicit_rewards():
+    torch.manual_seed(35)
+    for B, K in ((1, 2), (3, 4), (5, 9)):
+        logprobs, ref_logprobs, scores = normal(B, K), normal(B, K), torch.randint(4, (B, K))      # with ties
+        mask = torch.arange(K) < torch.randint(1, K + 1, (B, 1))                                   # some have no pair
+        losses = [lambda x: train_dpo.ranking_dpo_loss(x, ref_logprobs, scores, mask, 0.3)[0],
+                  lambda x: train_rm.ranking_loss(0.3 * (x - ref_logprobs), scores, mask)]
+        close(losses[0](logprobs), losses[1](logprobs))
+        close(*(gradient(loss, logprobs) for loss in losses))
+
+
+def test_dpo_on_pairs_is_the_mean_of_their_losses():
+    torch.manual_seed(37)
+    chosen, rejected, ref_chosen, ref_rejected = (normal(5) for _ in range(4))
+    loss, pairs = train_dpo.ranking_dpo_loss(torch.stack([rejected, chosen], 1), torch.stack([ref_rejected, ref_chosen], 1),
+                                             torch.tensor([[0, 1]] * 5), torch.ones(5, 2).bool(), 0.2, 0.1)
+    losses, *rewards = train_dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.2, 0.1)
+    close(loss, losses.mean())
+    close(pairs, torch.stack([chosen, rejected, *rewards]))
+    summary = train_dpo.summary(pairs)
+    right = (rewards[0] > rewards[1]).double().mean().item()
+    assert 0 < right < 1 and summary["accuracy"] == pytest.approx(right)
+    assert summary["margin"] == pytest.approx((rewards[0] - rewards[1]).mean().item())
+    assert train_dpo.summary(torch.zeros(4, 3))["accuracy"] == 0.5
+
+
 PROMPT, CHOSEN, REJECTED = [5, 9, 9, 2], [11, 3, 60, 7], [11, 8]    # ids of the tiny model; 7 ends, 0 pads
+
+
+def rows_batch(*groups: list) -> batches.RankingBatch:
+    """Rankings of ready-made rows, the first of each the best."""
+    rankings = [readers.Ranking([], [""] * len(group), [float(-k) for k in range(len(group))]) for group in groups]
+    return batches.ranking_batch(rankings, groups, 0)
 
 
 def dpo_losses(chosen: tuple, rejected: tuple, beta: float = 0.02) -> Tensor:
     """DPO loss of one pair of rows under two tiny models as policy and reference."""
-    policy, ref = (train_dpo.pair_logprobs(tiny_gpt(seed), [(chosen, rejected)], 0, "cpu") for seed in (0, 1))
-    return train_dpo.dpo_loss(*policy, *ref, beta)[0]
+    batch = rows_batch([chosen, rejected])
+    policy, ref = (train_dpo.response_logprobs(tiny_gpt(seed), batch) for seed in (0, 1))
+    return train_dpo.ranking_dpo_loss(policy, ref, batch.scores, batch.mask, beta)[0]
 
 
 def test_log_probabilities_of_responses_are_sums():
@@ -722,9 +767,7 @@ def test_log_probabilities_of_responses_are_sums():
     for tokens, mask in pair:
         log_p = gpt(torch.tensor([tokens]))[0].log_softmax(-1)
         sums.append(sum(log_p[t - 1, tokens[t]].item() for t in range(len(tokens)) if mask[t]))
-    chosen, rejected = train_dpo.pair_logprobs(gpt, [pair], 0, "cpu")
-    assert_close(chosen, torch.tensor(sums[:1]))
-    assert_close(rejected, torch.tensor(sums[1:]))
+    assert_close(train_dpo.response_logprobs(gpt, rows_batch(pair)), torch.tensor([sums]))
 
 
 def test_tokens_of_the_shared_prompt_cancel():
@@ -744,13 +787,12 @@ def test_tokens_of_the_shared_prompt_cancel():
 def test_the_reference_stands_still():
     """Its log-probabilities, stored before training, are the live ones of that model, and no gradient reaches them."""
     gpt = tiny_gpt()
-    pairs = [(batches.response_row(PROMPT, CHOSEN), batches.response_row(PROMPT, REJECTED)),
-             (batches.response_row(PROMPT, [4, 7]), batches.response_row(PROMPT, [12, 13, 14, 7])),
-             (batches.response_row(PROMPT, [1, 1, 7]), batches.response_row(PROMPT, [2, 7]))]
-    stored = train_dpo.reference_logprobs(gpt, pairs, [[2, 0], [1]], 0, "cpu")
-    live = torch.stack(train_dpo.pair_logprobs(gpt, pairs, 0, "cpu"), dim=-1)
+    several = [rows_batch([batches.response_row(PROMPT, response) for response in group])
+               for group in ([CHOSEN, REJECTED, [4, 7]], [[12, 13, 14, 7], [1, 1, 7]])]
+    stored = train_dpo.reference_logprobs(gpt, several)
+    live = [train_dpo.response_logprobs(gpt, batch) for batch in several]
     assert_close(stored, live)
-    assert live.requires_grad and not stored.requires_grad
+    assert all(x.requires_grad for x in live) and not any(x.requires_grad for x in stored)
 
 
 # ----------------------------------------------------------------------------- PPO: KL and rewards
@@ -856,7 +898,7 @@ def test_the_reported_kl_is_the_penalised_kl():
     logprobs, ref_logprobs, entropy, values = (normal(4, 6) for _ in range(4))
     rewards = train_ppo.kl_penalized_rewards(scores, logprobs, ref_logprobs, mask, 0.25)
     _, returns = train_ppo.gae(rewards, values, mask, 1.0, 0.95)
-    batch = train_ppo.Rollout(texts=[""] * 4, ended=[True, True, False, True], scores=scores, tokens=torch.zeros(4, 6),
+    batch = train_ppo.Rollout(minibatches=[], texts=[""] * 4, ended=[True, True, False, True], scores=scores, tokens=torch.zeros(4, 6),
                               mask=mask, logprobs=logprobs, ref_logprobs=ref_logprobs, entropy=entropy, values=values)
     numbers = train_ppo.evaluate(batch, rewards, returns)
     close(numbers["kl"], ((scores - rewards.sum(1)) / 0.25).mean().item())

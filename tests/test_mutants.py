@@ -88,12 +88,6 @@ def beta_outside_the_sigmoid(chosen, rejected, ref_chosen, ref_rejected, beta, l
     return beta * losses, *(beta * reward for reward in rewards)
 
 
-@torch.no_grad()
-def reference_in_the_order_of_batches(ref_policy, pairs, batches, pad, device):
-    return torch.cat([torch.stack(train_dpo.pair_logprobs(ref_policy, [pairs[i] for i in batch], pad, device), dim=-1)
-                      for batch in batches])
-
-
 def kl(k1: Callable = lambda ratio: ratio, k2: Callable = lambda ratio: ratio.square() / 2,
        k3: Callable = lambda ratio: torch.expm1(-ratio) + ratio) -> Callable:
     """kl_estimates with one formula replaced; ratio = log π − log π_ref."""
@@ -303,12 +297,19 @@ MUTANTS = [
      equations.test_ranking_accuracy_by_hand),
 
     # train_dpo.py
-    (train_dpo, "pair_logprobs", "mean where the sum belongs",
-     Edit("logprobs.sum(-1)", "(logprobs.sum(-1) / mask.sum(-1))"),
-     equations.test_log_probabilities_of_responses_are_sums),
-    (train_dpo, "pair_logprobs", "chosen and rejected swapped",
-     Edit("return chosen, rejected", "return rejected, chosen"),
-     equations.test_log_probabilities_of_responses_are_sums),
+    (train_dpo, "response_logprobs", "mean where the sum belongs",
+     Edit("[0].sum(-1)", "[0].sum(-1) / mask.sum(-1)"), equations.test_log_probabilities_of_responses_are_sums),
+    (train_dpo, "ranking_dpo_loss", "chosen and rejected swapped",
+     Edit("prompt, chosen, rejected = ", "prompt, rejected, chosen = "), equations.test_dpo_on_a_ranking_by_hand),
+    (train_dpo, "ranking_dpo_loss", "prompts with many pairs weigh more",
+     Edit("1 / prompt.bincount()[prompt].to(losses.dtype)", "torch.ones_like(losses)"), equations.test_dpo_on_a_ranking_by_hand,
+     equations.test_dpo_on_rankings_is_the_ranking_loss_of_the_implicit_rewards),
+    (train_dpo, "ranking_dpo_loss", "mean over all prompts, those without a pair too",
+     Edit("weight.sum().clamp(min=1)", "len(scores)"),
+     equations.test_dpo_on_rankings_is_the_ranking_loss_of_the_implicit_rewards),
+    (train_dpo, "ranking_dpo_loss", "smoothing forgotten", Edit(", beta, label_smoothing)", ", beta)"),
+     equations.test_dpo_on_pairs_is_the_mean_of_their_losses),
+    (train_dpo, "summary", "ties count as wrong", Edit("0.5 *", "0.0 *"), equations.test_dpo_on_pairs_is_the_mean_of_their_losses),
     (train_dpo, "dpo_loss", "sign flipped",
      Edit("chosen_logratios - rejected_logratios", "rejected_logratios - chosen_logratios"),
      equations.test_dpo_loss_by_hand, equations.test_policy_equal_to_reference_gives_log_2_and_a_gradient),
@@ -329,8 +330,6 @@ MUTANTS = [
     (train_dpo, "dpo_loss", "rewards not detached", Edit("chosen_logratios.detach()", "chosen_logratios"),
      equations.test_implicit_rewards_carry_no_gradient),
     (train_dpo, "reference_logprobs", "reference not detached", Edit("@torch.no_grad()\n", ""),
-     equations.test_the_reference_stands_still),
-    (train_dpo, "reference_logprobs", "stored in the order of batches", reference_in_the_order_of_batches,
      equations.test_the_reference_stands_still),
 
     # train_ppo.py: KL and rewards

@@ -95,7 +95,7 @@ def test_reward_model_learns_a_separable_preference(town, tmp_path):
 
 def test_dpo_starts_at_log_2_and_widens_the_margin(town, tmp_path):
     config = train_dpo.Config(data=(str(town / "rank/rankings.jsonl"),), init=str(town / "sft"), out=str(tmp_path / "dpo"),
-                              pairs_per_ranking=10, batch_size=8, micro_batch=4, epochs=3, lr=1e-3, warmup=1)
+                              batch_size=8, micro_batch=4, epochs=3, lr=1e-3, warmup=1)
     train_dpo.train(config)
     rows = metrics(tmp_path / "dpo")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[0]["grad_norm"] > 1e-3
@@ -106,7 +106,7 @@ def test_dpo_starts_at_log_2_and_widens_the_margin(town, tmp_path):
 def test_reference_computed_after_training_is_refused(town, tmp_path, monkeypatch):
     """Reference log-probabilities of any other policy than the start break the log 2 of the first step."""
     right = train_dpo.reference_logprobs
-    monkeypatch.setattr(train_dpo, "reference_logprobs", lambda *a: right(*a) + torch.tensor([0.5, 0.0]))
+    monkeypatch.setattr(train_dpo, "reference_logprobs", lambda *a: [2 * x for x in right(*a)])
     with pytest.raises(RuntimeError, match="log 2"):
         train_dpo.train(train_dpo.Config(data=(str(town / "rank/rankings.jsonl"),), init=str(town / "sft"), out=str(tmp_path)))
 
