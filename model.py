@@ -115,11 +115,13 @@ class GPT(nn.Module):
 
         tokens (B, T). positions (B, T) default to 0, 1, 2, … over the real tokens of each row. attention_mask (B, S)
         over cached and new tokens, 1 = real; only left-padded rows need one: right padding comes after every real
-        token, where causal attention cannot see it. Raises ValueError beyond block_size.
+        token, where causal attention cannot see it. Or (B, T, S), 1 where token t may see token s, for rows that hold
+        several texts; it needs positions. Attention is causal all the same. Without positions, raises ValueError beyond
+        block_size.
         """
         B, T = tokens.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
+        if positions is None and start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens, but the model's block_size is {self.config.block_size}")
         if positions is None:
             if attention_mask is None:
@@ -131,7 +133,8 @@ class GPT(nn.Module):
             order = torch.arange(start + T, device=tokens.device)
             mask = order <= order[start:, None]                                                     # (T, S) causal
             if attention_mask is not None:                # a padding query sees itself, or softmax would give NaN
-                mask = mask & attention_mask.bool()[:, None, None, :] | (order == order[start:, None])   # (B, 1, T, S)
+                visible = attention_mask.bool().view(B, 1, -1, start + T)                           # (B, 1, 1 or T, S)
+                mask = mask & visible | (order == order[start:, None])                              # (B, 1, T, S)
         x = self.wte(tokens) + self.wpe(positions)                                                  # (B, T, C)
         for block in self.blocks:
             x = block(x, mask, cache)
@@ -143,14 +146,15 @@ class GPT(nn.Module):
         """Logits (B, T, V); column t predicts token t + 1."""
         return F.linear(self.hidden(tokens, positions, attention_mask), self.wte.weight)
 
-    def logprobs(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def logprobs(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, positions: Tensor | None = None,
+                 attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """log π(token t | tokens before t) and the entropy of π(· | tokens before t), where mask is 1; else exactly 0.
 
         tokens, mask (B, T), right-padded; returns two (B, T), aligned with tokens. Only masked-in places pay for the
-        output head. mask[:, 0] must be 0: nothing comes before the first token.
+        output head. mask[:, 0] must be 0: nothing comes before the first token. positions, attention_mask: as `hidden`.
         """
         mask = mask.bool()
-        states = before(self.hidden(tokens))                                                        # (B, T, C)
+        states = before(self.hidden(tokens, positions, attention_mask))                             # (B, T, C)
         chosen, entropies = token_logprobs(states[mask], self.wte.weight, tokens[mask], temperature)
         logprobs = chosen.new_zeros(tokens.shape).masked_scatter(mask, chosen)                      # (B, T)
         return logprobs, entropies.new_zeros(tokens.shape).masked_scatter(mask, entropies)
@@ -281,9 +285,9 @@ class RewardModel(nn.Module):
         # The pairwise loss cannot see a constant, so it is set afterwards: demonstrations average 0.
         self.register_buffer("bias", torch.zeros(()))
 
-    def scalars(self, tokens: Tensor) -> Tensor:
-        """The head after every token, (B, T)."""
-        return self.head(self.gpt.hidden(tokens))[..., 0].float() - self.bias
+    def scalars(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """The head after every token, (B, T); arguments as `GPT.hidden`."""
+        return self.head(self.gpt.hidden(tokens, positions, attention_mask))[..., 0].float() - self.bias
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Scores (B,): the head on the last real token. tokens (B, T) right-padded, lengths (B,) without padding."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
-from data.batches import RankingBatch, buckets, ranking_batch, ranking_splits
+from data.batches import RankingBatch, buckets, group_size, ranking_batch, ranking_splits
 from model import GPT, load_gpt
 from train_rm import better_pairs
 
@@ -88,8 +88,9 @@ def ranking_dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mas
 
 
 def response_logprobs(model: GPT, batch: RankingBatch) -> Tensor:
-    """log π(y|x) of whole responses, laid out by ranking, (B, K); 0 where there is no response."""
-    return batch.layout([model.logprobs(tokens, mask)[0].sum(-1) for tokens, mask, _ in batch.parts])
+    """log π(y|x) of whole responses, (B, K): log-probabilities summed over their tokens; 0 where there is no response."""
+    logprobs, _ = model.logprobs(batch.tokens, batch.response_mask, positions=batch.positions, attention_mask=batch.attention_mask)
+    return batch.sums(logprobs)
 
 
 @torch.no_grad()
@@ -127,10 +128,9 @@ def train(config: Config) -> dict:
     policy.to(machine.device).eval()
     draw = random.Random(config.seed)
 
-    def batched(rankings, rows, size):
-        sizes = [sum(len(tokens) for tokens, _ in group) for group in rows]
-        return [ranking_batch([rankings[i] for i in part], [rows[i] for i in part], tokenizer.pad, machine.device)
-                for part in buckets(sizes, size, draw)]                           # one forward pass each
+    def batched(rankings, groups, size):
+        return [ranking_batch([rankings[i] for i in part], [groups[i] for i in part], tokenizer.pad, machine.device)
+                for part in buckets([group_size(group) for group in groups], size, draw)]           # one forward pass each
 
     train_split, val_split = ranking_splits(config.data, config.val, tokenizer, policy.config.block_size)
     batches = batched(*train_split, config.micro_batch or config.batch_size)
@@ -160,7 +160,7 @@ def train(config: Config) -> dict:
             loss.backward()
             step_loss += loss.item()
             pairs.append(numbers)
-            log.tokens += sum(tokens.numel() for tokens, _, _ in batch.parts)
+            log.tokens += batch.tokens.numel()
         lr = learning_rate(step, len(order), config.lr, config.warmup)
         norm = optimizer_step(optimizer, lr, config.max_norm)
         log.write(step + 1, show=("loss", "accuracy", "margin"), loss=step_loss, **summary(torch.cat(pairs, dim=1)),

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
-from data.batches import Row, buckets, by_length, demonstration_rows, pad_rows, ranking_batch, ranking_rows, ranking_splits
+from data.batches import (Group, RankingBatch, Row, buckets, by_length, demonstration_rows, group_size, pad_rows, ranking_batch,
+                          ranking_groups, ranking_splits, response_row)
 from data.readers import Ranking, read_demonstrations, read_rankings
 from model import RewardModel, load_gpt
 
@@ -94,14 +95,19 @@ def ranking_accuracy(rewards: Tensor, scores: Tensor, mask: Tensor) -> tuple[flo
     return float(right), int(pairs.sum())
 
 
+def ranking_rewards(model: RewardModel, batch: RankingBatch) -> Tensor:
+    """The reward of every response, read off its last token, (B, K); 0 where there is no response."""
+    return batch.at_ends(model.scalars(batch.tokens, batch.positions, batch.attention_mask))
+
+
 @torch.no_grad()
-def evaluate(model: RewardModel, rankings: list[Ranking], rows: list[list[Row]], pad: int, device) -> dict:
+def evaluate(model: RewardModel, rankings: list[Ranking], groups: list[Group], pad: int, device) -> dict:
     """{"accuracy": share of pairs in the given order, "loss": ranking loss} over all rankings."""
     model.eval()
     right = pairs = total = prompts = 0.0
-    for part in by_length([max(len(tokens) for tokens, _ in group) for group in rows], 32):
-        batch = ranking_batch([rankings[i] for i in part], [rows[i] for i in part], pad, device)
-        rewards = batch.rewards(model)                                                      # (B, K)
+    for part in by_length([group_size(group) for group in groups], 32):
+        batch = ranking_batch([rankings[i] for i in part], [groups[i] for i in part], pad, device)
+        rewards = ranking_rewards(model, batch)                                             # (B, K)
         hits, count = ranking_accuracy(rewards, batch.scores, batch.mask)
         right, pairs = right + hits, pairs + count
         total += ranking_loss(rewards, batch.scores, batch.mask).item() * batch.untied
@@ -129,28 +135,28 @@ def train(config: Config) -> dict:
     gpt, tokenizer = load_gpt(config.init)
     model = RewardModel(gpt).to(machine.device)
     limit = gpt.config.block_size
-    (rankings, rows), val = ranking_splits(config.data, config.val, tokenizer, limit)
-    sizes = [sum(len(tokens) for tokens, _ in parts) for parts in rows]
+    (rankings, groups), val = ranking_splits(config.data, config.val, tokenizer, limit)
     draw = random.Random(config.seed)
-    batches = [batch for _ in range(config.epochs) for batch in buckets(sizes, config.batch_size, draw)]
+    batches = [batch for _ in range(config.epochs)
+               for batch in buckets([group_size(group) for group in groups], config.batch_size, draw)]
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     log = Log(config.out, len(batches), "reward model")
 
     for step, indices in enumerate(batches):
         micro = config.micro_batch or len(indices)
         step_loss, hits, pairs = 0.0, 0.0, 0
-        micro_batches = [ranking_batch([rankings[i] for i in part], [rows[i] for i in part], tokenizer.pad, machine.device)
+        micro_batches = [ranking_batch([rankings[i] for i in part], [groups[i] for i in part], tokenizer.pad, machine.device)
                          for part in (indices[start:start + micro] for start in range(0, len(indices), micro))]
         untied = max(1, sum(batch.untied for batch in micro_batches))     # rankings in the step that hold a pair
         for batch in micro_batches:
             with machine.autocast():
-                rewards = batch.rewards(model)                                              # (B, K)
+                rewards = ranking_rewards(model, batch)                                     # (B, K)
             loss = ranking_loss(rewards, batch.scores, batch.mask, batch.margin) * (batch.untied / untied)
             loss.backward()
             step_loss += loss.item()
             right, count = ranking_accuracy(rewards.detach(), batch.scores, batch.mask)
             hits, pairs = hits + right, pairs + count
-            log.tokens += sum(tokens.numel() for tokens, _, _ in batch.parts)
+            log.tokens += batch.tokens.numel()
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
         norm = optimizer_step(optimizer, lr, config.max_norm)
         log.write(step + 1, show=("loss", "accuracy"), loss=step_loss, accuracy=hits / max(1, pairs), lr=lr, grad_norm=norm)
@@ -159,12 +165,13 @@ def train(config: Config) -> dict:
     if config.demonstrations:
         reference = demonstration_rows(read_demonstrations(config.demonstrations), tokenizer, limit)[:1000]
     else:
-        reference = [parts[max(range(len(parts)), key=ranking.scores.__getitem__)] for ranking, parts in zip(rankings, rows)]
+        reference = [response_row(prompt, max(zip(ranking.scores, responses), key=lambda pair: pair[0])[1])
+                     for ranking, (prompt, responses) in zip(rankings, groups)]
     with machine.autocast():
         set_bias(model, reference[:1000], tokenizer.pad, machine.device)
         final = evaluate(model, *val, tokenizer.pad, machine.device)
         if config.clean:
-            clean = ranking_rows(read_rankings(config.clean), tokenizer, limit)
+            clean = ranking_groups(read_rankings(config.clean), tokenizer, limit)
             final["accuracy_clean"] = evaluate(model, *clean, tokenizer.pad, machine.device)["accuracy"]
     save_checkpoint(config.out, model, "reward model", config, tokenizer=tokenizer.name)
     return log.close(**{name: round(value, 4) for name, value in final.items()})

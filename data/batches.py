@@ -1,7 +1,6 @@
 """Rows of token ids to batches: length limits, bucketing, padding on the right, rankings kept together."""
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,10 @@ from common import InputError
 from data.readers import Ranking, read_rankings
 from data.tokenizer import Tokenizer
 
-Row = tuple[list[int], list[bool]]      # token ids and response mask of one sequence, aligned
+Row = tuple[list[int], list[bool]]              # token ids and response mask of one sequence, aligned
+Group = tuple[list[int], list[list[int]]]       # ids of a prompt, and of each of its K responses, end token included
+PACKED = 256     # tokens: a ranking's responses share a row up to this length. Longer rows would gain little from the prompt
+                 # they share and lose more in attention, whose cost per token grows with the row.
 
 
 def pad_rows(rows: list[Row], pad: int, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -58,29 +60,36 @@ def demonstration_rows(conversations: list[list[dict]], tokenizer: Tokenizer, bl
     return rows
 
 
-def ranking_rows(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> tuple[list[Ranking], list[list[Row]]]:
-    """Render every response of every ranking behind its prompt. A ranking with any row over block_size is dropped whole
-    (a cut response would be scored without its end); the count goes to stderr. Returns the rankings kept and their rows.
+def ranking_groups(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int) -> tuple[list[Ranking], list[Group]]:
+    """Render the prompt and the responses of every ranking. One that has a response over block_size, prompt included, is
+    dropped whole (a cut response would be scored without its end); the count goes to stderr. Returns the rankings kept
+    and their ids.
     """
-    kept, rows = [], []
+    kept, groups = [], []
     for ranking in rankings:
         prompt = tokenizer.render_prompt(ranking.messages)
-        parts = [response_row(prompt, [*tokenizer.encode(text), tokenizer.end]) for text in ranking.responses]
-        if all(len(tokens) <= block_size for tokens, _ in parts):
+        responses = [[*tokenizer.encode(text), tokenizer.end] for text in ranking.responses]
+        if len(prompt) + max(map(len, responses)) <= block_size:
             kept.append(ranking)
-            rows.append(parts)
+            groups.append((prompt, responses))
     report(len(rankings), len(rankings) - len(kept), 0, block_size)
-    return kept, rows
+    return kept, groups
+
+
+def group_size(group: Group) -> int:
+    """Tokens of a prompt and all its responses."""
+    prompt, responses = group
+    return len(prompt) + sum(map(len, responses))
 
 
 def ranking_splits(data: tuple[str, ...], val: str, tokenizer: Tokenizer, block_size: int):
-    """((rankings, rows) to train on, (rankings, rows) held out): the files of data and of val, or, without val, every
+    """((rankings, groups) to train on, (rankings, groups) held out): the files of data and of val, or, without val, every
     tenth ranking of data held out. A single ranking is in both."""
-    rankings, rows = ranking_rows(read_rankings(*data), tokenizer, block_size)
+    rankings, groups = ranking_groups(read_rankings(*data), tokenizer, block_size)
     if val:
-        return (rankings, rows), ranking_rows(read_rankings(val), tokenizer, block_size)
-    keep = [i for i in range(len(rows)) if i % 10 or len(rows) == 1]
-    return ([rankings[i] for i in keep], [rows[i] for i in keep]), (rankings[::10], rows[::10])
+        return (rankings, groups), ranking_groups(read_rankings(val), tokenizer, block_size)
+    keep = [i for i in range(len(groups)) if i % 10 or len(groups) == 1]
+    return ([rankings[i] for i in keep], [groups[i] for i in keep]), (rankings[::10], groups[::10])
 
 
 def response_row(prompt: list[int], response: list[int]) -> Row:
@@ -106,38 +115,56 @@ def report(total: int, dropped: int, cut: int, limit: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RankingBatch:
-    """B rankings of up to K responses each, every response once: its forward pass serves all its K − 1 pairs."""
-    parts: list[tuple[Tensor, Tensor, Tensor]]   # `pad_rows` of all N responses in a few tensors, shortest first: less padding
-    place: Tensor                        # (N,) where each of the N rows, in the order of parts, stands in the grid
-    scores: Tensor                       # (B, K) what the annotator said, higher = better; 0 where there is no response
-    mask: Tensor                         # (B, K) bool, 1 = a response
-    margin: Tensor                       # (B, 1)
-    untied: int                          # rankings that hold at least one pair
+    """B rankings of up to K responses, each prompt and each response computed once.
 
-    def rewards(self, model: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """model(tokens, lengths) of every response, laid out by ranking, (B, K); 0 where there is no response."""
-        return self.layout([model(tokens, lengths) for tokens, _, lengths in self.parts])
+        one row:   prompt … | <|assistant|> response 1 | <|assistant|> response 2 | …
 
-    def layout(self, values: list[Tensor]) -> Tensor:
-        """One number a response, a tensor for each of parts, laid out by ranking, (B, K); 0 where there is no response."""
-        numbers = torch.cat(values)                                                         # (N,)
-        return numbers.new_zeros(self.mask.numel()).index_put((self.place,), numbers).view(self.mask.shape)
+    Every response sees the prompt and itself, at the positions it would have alone. It begins with the prompt's last
+    token, so that its first token, too, is predicted by the column before it.
+    """
+    tokens: Tensor               # (R, T); R ≥ B rows: a ranking too long for one takes several
+    positions: Tensor            # (R, T)
+    attention_mask: Tensor       # (R, T, T) bool; [r, t, s] is 1 where token t may see token s, if s ≤ t
+    response_mask: Tensor        # (R, T) bool; 1 = response token, end token included
+    cell: Tensor                 # (R, T) place in the flattened (B, K) grid of the response that a token belongs to
+    ends: Tensor                 # (B, K) place in the flattened (R, T) tokens of each response's last one
+    scores: Tensor               # (B, K) what the annotator said, higher = better; 0 where there is no response
+    mask: Tensor                 # (B, K) bool, 1 = a response
+    margin: Tensor               # (B, 1)
+    untied: int                  # rankings that hold at least one pair
+
+    def at_ends(self, values: Tensor) -> Tensor:
+        """Values (R, T) at each response's last token, (B, K); 0 where there is no response."""
+        return torch.where(self.mask, values.flatten()[self.ends], 0.0)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Values (R, T) summed over the tokens of each response, (B, K); 0 where there is no response."""
+        values = torch.where(self.response_mask, values, 0.0).flatten()
+        return values.new_zeros(self.mask.numel()).index_add(0, self.cell.flatten(), values).view(self.mask.shape)
 
 
-def ranking_batch(rankings: list[Ranking], rows: list[list[Row]], pad: int, device="cpu", parts: int = 4) -> RankingBatch:
-    """Put whole rankings into one batch, its rows sorted by length into `parts` tensors."""
-    most = max(len(ranking.scores) for ranking in rankings)
-    scores = torch.zeros(len(rankings), most, device=device)
-    mask = torch.zeros(len(rankings), most, dtype=torch.bool, device=device)
-    for i, ranking in enumerate(rankings):
-        scores[i, :len(ranking.scores)] = torch.tensor(ranking.scores)
-        mask[i, :len(ranking.scores)] = True
-    placed = sorted(((i * most + k, row) for i, group in enumerate(rows) for k, row in enumerate(group)),
-                    key=lambda item: len(item[1][0]))
-    size = -(-len(placed) // parts)
-    chunks = [pad_rows([row for _, row in placed[start:start + size]], pad, device) for start in range(0, len(placed), size)]
-    return RankingBatch(chunks, torch.tensor([place for place, _ in placed], device=device), scores, mask,
-                        torch.tensor([[ranking.margin] for ranking in rankings], device=device),
+def ranking_batch(rankings: list[Ranking], groups: list[Group], pad: int, device="cpu") -> RankingBatch:
+    """Pack whole rankings into one batch, padded on the right."""
+    shape = len(rankings), max(len(ranking.scores) for ranking in rankings)                 # B, K
+    scores, mask, ends = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
+    rows = []                                       # of (id, position, part of the row, response token?, cell) a token
+    spots = []                                      # (ranking, response, row, column) of each last token
+    for b, (prompt, responses) in enumerate(groups):
+        start = [(id, position, 0, False, 0) for position, id in enumerate(prompt[:-1])]
+        for k, response in enumerate(responses):
+            if k == 0 or len(rows[-1]) + 1 + len(response) > PACKED:
+                rows.append(list(start))
+            rows[-1] += [(id, len(prompt) - 1 + i, k + 1, i > 0, b * shape[1] + k) for i, id in enumerate([prompt[-1], *response])]
+            spots.append((b, k, len(rows) - 1, len(rows[-1]) - 1))
+        scores[b, :len(responses)], mask[b, :len(responses)] = torch.tensor(rankings[b].scores), True
+    width = max(map(len, rows))
+    grid = torch.tensor([row + [(pad, 0, -1, False, 0)] * (width - len(row)) for row in rows], device=device)   # (R, T, 5)
+    tokens, positions, part, response_mask, cell = grid.unbind(-1)                          # (R, T) each
+    for b, k, r, t in spots:
+        ends[b, k] = r * width + t
+    sees = (part[:, :, None] == part[:, None, :]) | (part == 0)[:, None, :]                 # (R, T, T)
+    return RankingBatch(tokens, positions, sees, response_mask.bool(), cell, ends.to(device), scores.to(device),
+                        mask.to(device), torch.tensor([[ranking.margin] for ranking in rankings], device=device),
                         sum(len(set(ranking.scores)) > 1 for ranking in rankings))
 
 

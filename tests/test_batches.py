@@ -1,4 +1,5 @@
 """data/batches.py: padding, bucketing, what happens to rows that are too long, rankings, windows of text."""
+import math
 import random
 import re
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 
 from common import InputError
-from data.batches import (TextStream, buckets, demonstration_rows, pad_rows, prompt_rows, ranking_batch, ranking_rows,
+from data import batches
+from data.batches import (PACKED, TextStream, buckets, by_length, demonstration_rows, pad_rows, prompt_rows, ranking_batch, ranking_groups,
                           response_row)
 from data.readers import Ranking
 from data.tokenizer import get_tokenizer
@@ -134,25 +136,26 @@ def ranking(*responses, messages=None, **keywords):
 
 def test_rankings_with_a_row_that_is_too_long_are_dropped_whole(capsys):
     fits, too_long = ranking("At the mill.", "No."), ranking("No.", "At the mill. " * 10, "Yes.")
-    kept, rows = ranking_rows([fits, too_long, fits], TOKENIZER, 24)
-    assert kept == [fits, fits] and [len(parts) for parts in rows] == [2, 2]
+    kept, groups = ranking_groups([fits, too_long, fits], TOKENIZER, 24)
+    assert kept == [fits, fits] and [len(responses) for _, responses in groups] == [2, 2]
     error = capsys.readouterr().err
     assert numbers(error) == [3, 1, 0, 24] and "1 dropped" in error
-    longest = max(len(tokens) for parts in rows for tokens, _ in parts)
-    assert len(ranking_rows([fits], TOKENIZER, longest)[0]) == 1
+    longest = max(len(prompt + response) for prompt, responses in groups for response in responses)
+    assert len(ranking_groups([fits], TOKENIZER, longest)[0]) == 1
     with pytest.raises(InputError, match=f"{longest - 1} tokens"):
-        ranking_rows([fits], TOKENIZER, longest - 1)
+        ranking_groups([fits], TOKENIZER, longest - 1)
 
 
 @pytest.mark.parametrize("prompt", [SHORT[:1], TURNS[:3]])
 def test_ranked_responses_are_rendered_like_demonstrations(prompt):
-    """The reward model reads what the policy is trained to write: same ids, same end token, same mask on the answer."""
-    _, (parts,) = ranking_rows([ranking("At the mill.", "<|end|> no", "", messages=prompt)], TOKENIZER, 99)
-    for text, (tokens, mask) in zip(("At the mill.", "<|end|> no", ""), parts, strict=True):
+    """The reward model reads what the policy is trained to write: same ids, same end token."""
+    texts = ("At the mill.", "<|end|> no", "")
+    _, ((start, responses),) = ranking_groups([ranking(*texts, messages=prompt)], TOKENIZER, 99)
+    assert start == TOKENIZER.render_prompt(prompt)
+    for text, response in zip(texts, responses, strict=True):
         ids, marks = TOKENIZER.render([*prompt, assistant(text)])
-        start = len(TOKENIZER.render_prompt(prompt))
-        assert tokens == ids and [bool(m) for m in mask] == [False] * start + marks[start:]
-        assert sum(mask) == len(TOKENIZER.encode(text)) + 1 and tokens[-1] == END
+        assert start + response == ids and all(marks[len(start):])
+        assert len(response) == len(TOKENIZER.encode(text)) + 1 and response[-1] == END
 
 
 def test_response_row():
@@ -188,30 +191,35 @@ RANKINGS = [ranking("At the mill.", "No.", "Ada lives at the mill. Ada keeps a g
             ranking("You live at the mill.", "Maybe.", "In a house", "", "At the inn.", messages=TURNS[:3], margin=2.0)]
 
 
-def the_batch(rankings=RANKINGS, **keywords):
-    kept, rows = ranking_rows(rankings, TOKENIZER, 99)
-    return ranking_batch(kept, rows, PAD, **keywords), rows
+def the_batch(rankings=RANKINGS):
+    kept, groups = ranking_groups(rankings, TOKENIZER, 99)
+    return ranking_batch(kept, groups, PAD), groups
 
 
-def signature(tokens):
-    """A number that tells one row of ids from another."""
-    return float(sum((t + 1) * id for t, id in enumerate(tokens)))
+def read(batch):
+    """What the model reads when it stands at each response's last token: {(ranking, response): ids by position}."""
+    width = batch.tokens.shape[1]
+    found = {}
+    for b, k in batch.mask.nonzero().tolist():
+        r, t = divmod(int(batch.ends[b, k]), width)
+        columns = [s for s in range(t + 1) if batch.attention_mask[r, t, s]]
+        place = dict(zip(batch.positions[r, columns].tolist(), batch.tokens[r, columns].tolist()))
+        # The prompt's last token stands in the row once for every response; each sees one of them.
+        assert len(place) == len(columns), "two tokens at one position"
+        found[b, k] = [place[i] for i in range(len(place))]
+    return found
 
 
-def read_score(tokens, lengths):
-    """Stands for a reward model: (n,) signatures of the real tokens."""
-    return torch.tensor([signature(row[:length].tolist()) for row, length in zip(tokens, lengths)])
-
-
-@pytest.mark.parametrize("keywords", [{}, {"parts": 1}, {"parts": 3}, {"parts": 50}])
-def test_every_response_stands_in_its_place(keywords):
-    batch, rows = the_batch(**keywords)
-    expected = torch.zeros(3, 5)
-    for i, group in enumerate(rows):
-        for k, (tokens, _) in enumerate(group):
-            expected[i, k] = signature(tokens)
-    assert len(set(expected[expected != 0].tolist())) == 10     # else a swap would not show
-    assert torch.equal(batch.rewards(read_score), expected)
+@pytest.mark.parametrize("row_length", [1, 30, 60, PACKED])
+def test_every_response_is_read_behind_its_prompt_and_alone(monkeypatch, row_length):
+    monkeypatch.setattr(batches, "PACKED", row_length)
+    batch, groups = the_batch()
+    assert read(batch) == {(b, k): prompt + response for b, (prompt, responses) in enumerate(groups)
+                           for k, response in enumerate(responses)}
+    assert len(batch.tokens) >= 3 and (row_length > 1 or len(batch.tokens) == 10)
+    longest = max(len(prompt + responses[0]) for prompt, responses in groups)
+    assert batch.tokens.shape[1] <= max(row_length, longest)
+    assert int(batch.response_mask.sum()) == sum(len(response) for _, responses in groups for response in responses)
 
 
 def test_ranking_batch_holds_whole_rankings():
@@ -222,33 +230,36 @@ def test_ranking_batch_holds_whole_rankings():
     assert batch.mask.dtype == torch.bool and batch.scores.is_floating_point()
 
 
-def test_every_response_is_read_once():
-    """K responses cost K rows, not one for each of the K(K − 1) / 2 pairs."""
-    batch, rows = the_batch()
-    calls = []
-
-    def record(tokens, lengths):
-        calls.extend(tuple(row[:length].tolist()) for row, length in zip(tokens, lengths))
-        return read_score(tokens, lengths)
-    batch.rewards(record)
-    assert sorted(calls) == sorted(tuple(tokens) for group in rows for tokens, _ in group)
+def test_prompts_and_responses_are_computed_once():
+    """K responses cost their own tokens, not one row each, nor one for each of the K(K − 1) / 2 pairs."""
+    batch, groups = the_batch()
+    assert len(batch.tokens) == 3
+    real = sum(len(prompt) - 1 + sum(1 + len(response) for response in responses) for prompt, responses in groups)
+    assert int((batch.attention_mask.sum(-1) > 0).sum()) == batch.tokens.numel()       # no row of softmax is empty
+    assert int((batch.tokens != PAD).sum()) == real
 
 
-def test_rewards_carry_the_gradient():
-    batch, _ = the_batch()
-    weight = torch.tensor(2.0, requires_grad=True)
-    rewards = batch.rewards(lambda tokens, lengths: weight * lengths)
-    rewards.sum().backward()
-    assert float(weight.grad) == sum(len(tokens) for group in the_batch()[1] for tokens, _ in group)
-    assert not rewards[~batch.mask].any() and (rewards[batch.mask] > 0).all()
+def test_sums_and_ends_of_responses():
+    batch, groups = the_batch()
+    sums = batch.sums(torch.where(batch.response_mask, batch.tokens.double(), math.nan))
+    ends = batch.at_ends(batch.tokens.double())
+    for b, (_, responses) in enumerate(groups):
+        for k in range(5):
+            assert sums[b, k] == (sum(responses[k]) if k < len(responses) else 0)
+            assert ends[b, k] == (responses[k][-1] if k < len(responses) else 0)
 
 
 def test_batch_mates_do_not_move_a_ranking():
-    together = the_batch()[0].rewards(read_score)
-    for i, one in enumerate(RANKINGS):
+    together = read(the_batch()[0])
+    for b, one in enumerate(RANKINGS):
         alone = the_batch([one])[0]
-        assert torch.equal(alone.rewards(read_score)[0], together[i, :len(one.scores)])
+        assert read(alone) == {(0, k): ids for (ranking, k), ids in together.items() if ranking == b}
         assert alone.mask.all()
+
+
+def test_by_length():
+    assert by_length([3, 1, 2, 1], 2) == [[1, 3], [2, 0]]
+    assert by_length([], 2) == []
 
 
 # ----------------------------------------------------------------------------- windows of text

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -747,48 +748,59 @@ def test_dpo_on_pairs_is_the_mean_of_their_losses():
 PROMPT, CHOSEN, REJECTED = [5, 9, 9, 2], [11, 3, 60, 7], [11, 8]    # ids of the tiny model; 7 ends, 0 pads
 
 
-def rows_batch(*groups: list) -> batches.RankingBatch:
-    """Rankings of ready-made rows, the first of each the best."""
-    rankings = [readers.Ranking([], [""] * len(group), [float(-k) for k in range(len(group))]) for group in groups]
+def packed(*groups: tuple) -> batches.RankingBatch:
+    """Rankings of (prompt, responses) in ids, the first response of each the best."""
+    rankings = [readers.Ranking([], [""] * len(group), [float(-k) for k in range(len(group))]) for _, group in groups]
     return batches.ranking_batch(rankings, groups, 0)
 
 
-def dpo_losses(chosen: tuple, rejected: tuple, beta: float = 0.02) -> Tensor:
-    """DPO loss of one pair of rows under two tiny models as policy and reference."""
-    batch = rows_batch([chosen, rejected])
-    policy, ref = (train_dpo.response_logprobs(tiny_gpt(seed), batch) for seed in (0, 1))
-    return train_dpo.ranking_dpo_loss(policy, ref, batch.scores, batch.mask, beta)[0]
+GROUPS = [(PROMPT, [CHOSEN, REJECTED, [4, 7]]), ([6, 2], [[12, 13, 14, 7], [2, 7]]), ([2], [[1], [3, 3, 3]])]
 
 
-def test_log_probabilities_of_responses_are_sums():
+@pytest.mark.parametrize("row_length", [1, 12, 256])
+def test_log_probabilities_of_responses_are_sums(row_length):
+    """However many responses share a row, each has the log-probability that it has alone behind its prompt."""
     gpt = tiny_gpt()
-    pair = batches.response_row(PROMPT, CHOSEN), batches.response_row(PROMPT, REJECTED)
-    sums = []
-    for tokens, mask in pair:
-        log_p = gpt(torch.tensor([tokens]))[0].log_softmax(-1)
-        sums.append(sum(log_p[t - 1, tokens[t]].item() for t in range(len(tokens)) if mask[t]))
-    assert_close(train_dpo.response_logprobs(gpt, rows_batch(pair)), torch.tensor([sums]))
+    with mock.patch.object(batches, "PACKED", row_length):
+        sums = train_dpo.response_logprobs(gpt, packed(*GROUPS))
+    for (prompt, responses), found in zip(GROUPS, sums):
+        alone = torch.zeros(3)
+        for k, response in enumerate(responses):
+            log_p = gpt(torch.tensor([prompt + response]))[0].log_softmax(-1)
+            alone[k] = sum(log_p[len(prompt) - 1 + i, id] for i, id in enumerate(response))
+        assert_close(found, alone)
+
+
+@pytest.mark.parametrize("row_length", [1, 12, 256])
+def test_rewards_of_responses_are_those_they_have_alone(row_length):
+    model = tiny_reward_model()
+    model.bias += 0.5
+    with mock.patch.object(batches, "PACKED", row_length):
+        rewards = train_rm.ranking_rewards(model, packed(*GROUPS))
+    for (prompt, responses), found in zip(GROUPS, rewards):
+        alone = [model(torch.tensor([prompt + response]), torch.tensor([len(prompt + response)])) for response in responses]
+        assert_close(found, F.pad(torch.cat(alone), (0, 3 - len(alone))))
 
 
 def test_tokens_of_the_shared_prompt_cancel():
-    def scored_from(start, response):      # mask 1 from `start` ≥ 1 on: nothing predicts token 0
-        tokens = PROMPT + response
-        return tokens, [t >= start for t in range(len(tokens))]
+    def losses(chosen_start, rejected_start):      # mask 1 from there on; nothing predicts token 0
+        sums = []
+        for gpt in (tiny_gpt(0), tiny_gpt(1)):
+            for response, start in ((CHOSEN, chosen_start), (REJECTED, rejected_start)):
+                tokens = torch.tensor([PROMPT + response])
+                sums.append(gpt.logprobs(tokens, torch.arange(tokens.shape[1])[None] >= start)[0].sum(-1))
+        return train_dpo.dpo_loss(*sums, beta=0.02)[0]
 
-    right = dpo_losses(scored_from(4, CHOSEN), scored_from(4, REJECTED))
-    both = dpo_losses(scored_from(1, CHOSEN), scored_from(1, REJECTED))
-    assert_close(both, right)
+    right = losses(4, 4)
+    assert_close(losses(1, 1), right)
     # The prompt masked in one of the two only: a loss that looks healthy and is not.
-    for one in (dpo_losses(scored_from(4, CHOSEN), scored_from(1, REJECTED)),
-                dpo_losses(scored_from(1, CHOSEN), scored_from(4, REJECTED))):
-        assert (one - right).abs() > 0.05
+    assert (losses(4, 1) - right).abs() > 0.05 and (losses(1, 4) - right).abs() > 0.05
 
 
 def test_the_reference_stands_still():
     """Its log-probabilities, stored before training, are the live ones of that model, and no gradient reaches them."""
     gpt = tiny_gpt()
-    several = [rows_batch([batches.response_row(PROMPT, response) for response in group])
-               for group in ([CHOSEN, REJECTED, [4, 7]], [[12, 13, 14, 7], [1, 1, 7]])]
+    several = [packed((PROMPT, group)) for group in ([CHOSEN, REJECTED, [4, 7]], [[12, 13, 14, 7], [1, 1, 7]])]
     stored = train_dpo.reference_logprobs(gpt, several)
     live = [train_dpo.response_logprobs(gpt, batch) for batch in several]
     assert_close(stored, live)

@@ -73,6 +73,10 @@ def ties_broken_by_index(scores, mask):
     return above & mask[:, :, None] & mask[:, None, :]
 
 
+one_row_for_all = partial(equations.test_log_probabilities_of_responses_are_sums, 256)
+rewards_in_one_row = partial(equations.test_rewards_of_responses_are_those_they_have_alone, 256)
+
+
 def without_reference(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0, right=train_dpo.dpo_loss):
     return right(chosen, rejected, torch.zeros_like(chosen), torch.zeros_like(chosen), beta, label_smoothing)
 
@@ -201,7 +205,7 @@ MUTANTS = [
     # model.py
     (model, "before", "log-probabilities not shifted", lambda x: x,
      equations.test_log_probabilities_are_read_before_the_token,
-     equations.test_log_probabilities_of_responses_are_sums),
+     one_row_for_all),
     (model, "before", "shifted to the other side", before_of_the_other_side,
      equations.test_log_probabilities_are_read_before_the_token),
     (model.GPT, "logprobs", "temperature forgotten", Edit("tokens[mask], temperature)", "tokens[mask])"),
@@ -298,7 +302,18 @@ MUTANTS = [
 
     # train_dpo.py
     (train_dpo, "response_logprobs", "mean where the sum belongs",
-     Edit("[0].sum(-1)", "[0].sum(-1) / mask.sum(-1)"), equations.test_log_probabilities_of_responses_are_sums),
+     Edit("batch.sums(logprobs)", "batch.sums(logprobs) / batch.sums(torch.ones_like(logprobs))"), one_row_for_all),
+    (batches, "ranking_batch", "responses see each other", Edit("(part[:, :, None] == part[:, None, :])", "(part[:, None, :] >= 0)"),
+     one_row_for_all, rewards_in_one_row),
+    (batches, "ranking_batch", "responses do not see the prompt", Edit(" | (part == 0)[:, None, :]", ""),
+     one_row_for_all, rewards_in_one_row),
+    (batches, "ranking_batch", "positions go on from the response before", Edit("len(prompt) - 1 + i, k + 1", "len(rows[-1]) + i, k + 1"),
+     one_row_for_all, rewards_in_one_row),
+    (batches, "ranking_batch", "responses lack the prompt's last token", Edit("[prompt[-1], *response]", "[0, *response]"),
+     one_row_for_all, rewards_in_one_row),
+    (batches, "ranking_batch", "that token is scored too", Edit("i > 0", "i >= 0"), one_row_for_all),
+    (batches, "ranking_batch", "first response token left out of the mask", Edit("i > 0", "i > 1"), one_row_for_all),
+    (batches, "ranking_batch", "reward read one token early", Edit("len(rows[-1]) - 1))", "len(rows[-1]) - 2))"), rewards_in_one_row),
     (train_dpo, "ranking_dpo_loss", "chosen and rejected swapped",
      Edit("prompt, chosen, rejected = ", "prompt, rejected, chosen = "), equations.test_dpo_on_a_ranking_by_hand),
     (train_dpo, "ranking_dpo_loss", "prompts with many pairs weigh more",
