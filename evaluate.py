@@ -37,6 +37,7 @@ class Config:
     run: str = "out/tinytown"      # folder with the stages' folders
     data: str = ""                 # test prompts; empty: data/test.jsonl inside run
     text: str = ""                 # held-out pretraining text; empty: data/base_val.txt inside run
+    opponents: int = 4             # SFT responses that each response is compared with: more of them, less noise
     n: int = 16                    # of best-of-n
     kl_prompts: int = 60           # prompts on which the KL of best-of-n is measured
     kl_samples: int = 32           # further samples of each of them
@@ -49,9 +50,13 @@ class Config:
 # ----------------------------------------------------------------------------- equations
 
 def win_rate(scores: Tensor, baseline: Tensor) -> tuple[float, float]:
-    """(share of prompts where score > baseline, ties counted half; standard error, std/√n with n − 1). Both (n,)."""
-    wins = (scores > baseline).double() + 0.5 * (scores == baseline).double()
-    return wins.mean().item(), (wins.std(correction=1) / math.sqrt(len(wins))).item()
+    """(share of comparisons where score > baseline, ties counted half; standard error over prompts, std/√n with n − 1).
+
+    scores (n,): of one response to each prompt. baseline (n, m): of m responses to it that it is compared with.
+    """
+    wins = (scores[:, None] > baseline).double() + 0.5 * (scores[:, None] == baseline).double()     # (n, m)
+    per_prompt = wins.mean(dim=1)                                                           # (n,)
+    return per_prompt.mean().item(), (per_prompt.std(correction=1) / math.sqrt(len(per_prompt))).item()
 
 
 def best_of_n_kl(n: int) -> float:
@@ -142,7 +147,7 @@ def over_optimisation(folder: Path, window: int = 5) -> list[dict[str, float]]:
 
 def train(config: Config) -> dict:
     """Measure everything and write report.json, report.md and the plots into the run's folder. Returns the report."""
-    check_range(config, n=(2, 1000), kl_prompts=(1, 10**6), kl_samples=(2, 10**6), max_new_tokens=(1, 10**5))
+    check_range(config, opponents=(1, 1000), n=(2, 1000), kl_prompts=(1, 10**6), kl_samples=(2, 10**6), max_new_tokens=(1, 10**5))
     started, run = time.time(), Path(config.run)
     machine = setup(config)
     models = {name: load_gpt(str(run / name))[0].to(machine.device).eval() for name in POLICIES if (run / name).exists()}
@@ -159,17 +164,22 @@ def train(config: Config) -> dict:
             return generate_many(model, prompts, config.max_new_tokens, stop_token=tokenizer.end, generator=generator, title=title)
 
     answers = {name: grade(conversations, sample(model, prompts, name), tokenizer, reward) for name, model in models.items()}
-    many, n = [prompt for prompt in prompts for _ in range(config.n)], config.n
-    repeated = [messages for messages in conversations for _ in range(n)]
-    pool = grade(repeated, sample(models["sft"], many, f"best of {n}"), tokenizer, reward)
+
+    def several(indices, count: int, title: str) -> Answers:
+        """`count` responses of the SFT model to each of these prompts, one after the other."""
+        rows = [i for i in indices for _ in range(count)]
+        return grade([conversations[i] for i in rows], sample(models["sft"], [prompts[i] for i in rows], title), tokenizer, reward)
+
+    n, everything = config.n, range(len(prompts))
+    baseline = several(everything, config.opponents, "opponents").gold.view(-1, config.opponents)
+    pool = several(everything, n, f"best of {n}")
     chosen, chosen_proxy = best_of_n(pool.ids, pool.proxy, n)
     answers[f"best_of_{n}"] = grade(conversations, chosen, tokenizer, reward)
 
     pad, device = tokenizer.pad, machine.device
     kl = {name: kl_from_samples(model, models["sft"], prompts, answers[name].ids, pad, device) for name, model in models.items()}
-    some = random.Random(config.seed).sample(range(len(prompts)), min(config.kl_prompts, len(prompts)))
-    others = grade([conversations[i] for i in some for _ in range(config.kl_samples)],
-                   sample(models["sft"], [prompts[i] for i in some for _ in range(config.kl_samples)], "kl"), tokenizer, reward)
+    some = random.Random(config.seed).sample(everything, min(config.kl_prompts, len(prompts)))
+    others = several(some, config.kl_samples, "kl")
     below = (others.proxy.view(len(some), -1) < chosen_proxy[some][:, None] - 1e-5).double().mean(-1)
     logprobs = response_logprobs(models["sft"], [prompts[i] for i in some], [chosen[i] for i in some], pad, device)
     kl[f"best_of_{n}"] = measured_best_of_n_kl(logprobs, below, n).item()
@@ -177,12 +187,11 @@ def train(config: Config) -> dict:
     text = TextStream(read_text(config.text or run / "data" / "base_val.txt"), tokenizer, device)
     windows = text.all_windows(64, most=256)
     finals = {stage: json.loads(path.read_text()) for stage in STAGES if (path := run / stage / "final.json").exists()}
-    # SFT against itself is a second, independent answer to each prompt: what no improvement looks like.
-    baseline, again = answers["sft"].gold, pool.gold.view(-1, n)[:, 0]
     report = {
         "prompts": len(prompts),
         "gold": {name: answer.gold.mean().item() for name, answer in answers.items()},
-        "win_rate_vs_sft": {name: dict(zip(("rate", "standard_error"), win_rate(again if name == "sft" else answer.gold, baseline)))
+        # SFT's own row compares it with other responses of its own: what no improvement looks like.
+        "win_rate_vs_sft": {name: dict(zip(("rate", "standard_error"), win_rate(answer.gold, baseline)))
                             for name, answer in answers.items()},
         "rm_accuracy": finals["rm"]["accuracy_clean"], "rm_accuracy_noisy": finals["rm"]["accuracy"],
         "kl": kl, "kl_best_of_n_bound": best_of_n_kl(n),

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import kernels
 import model
 import train_base
@@ -376,7 +377,7 @@ def test_token_logprobs_equal_the_reference_forward_and_backward():
     for shape, C, V, chunk in (((1,), 3, 5, 2 ** 20), ((13,), 7, 11, 33), ((5, 3), 4, 17, 40), ((9,), 5, 65, 64),
                                ((2, 3, 4), 3, 10, 1), ((0,), 3, 5, 64)):
         hidden, weight, targets = normal(*shape, C), normal(V, C), torch.randint(V, shape)
-        with mock.patch.object(kernels, "CHUNK_ELEMENTS", chunk):
+        with mock.patch.multiple(kernels, CHUNK_ELEMENTS=chunk, CHUNK_ROWS=1):
             for temperature in (0.6, 1.0, 2.5):
                 for weights in ((normal(*shape), normal(*shape)), (normal(*shape), 0.0), (0.0, normal(*shape))):
                     for out, expected in both_routes(hidden, weight, targets, temperature, weights):
@@ -388,7 +389,7 @@ def test_token_logprobs_have_the_gradient_of_finite_differences():
     hidden, weight = normal(5, 3).requires_grad_(), normal(7, 3).requires_grad_()
     targets = torch.tensor([0, 6, 2, 2, 5])
     for temperature in (0.7, 1.0):
-        with mock.patch.object(kernels, "CHUNK_ELEMENTS", 14):          # 2 rows at a time, the last chunk has 1
+        with mock.patch.multiple(kernels, CHUNK_ELEMENTS=14, CHUNK_ROWS=1):          # 2 rows at a time, the last chunk has 1
             assert torch.autograd.gradcheck(lambda h, w: kernels.token_logprobs(h, w, targets, temperature),
                                             (hidden, weight), raise_exception=False)
 
@@ -398,7 +399,7 @@ def test_token_logprobs_in_bfloat16_err_no_more_than_the_reference():
     hidden, weight = normal(37, 64).bfloat16(), normal(101, 64, scale=0.3).bfloat16()
     targets, weights = torch.randint(101, (37,)), (torch.randn(37), torch.randn(37))
     exact = [right for _, right in both_routes(hidden.double(), weight.double(), targets, 0.8, weights)]
-    with mock.patch.object(kernels, "CHUNK_ELEMENTS", 101 * 10):
+    with mock.patch.multiple(kernels, CHUNK_ELEMENTS=1, CHUNK_ROWS=10):
         for (out, reference), right in zip(both_routes(hidden, weight, targets, 0.8, weights), exact):
             error, allowed = (out.double() - right).norm(), (reference.double() - right).norm()
             assert allowed > 0
@@ -449,7 +450,7 @@ def test_no_tensor_over_all_tokens_and_the_vocabulary_is_built():
     built = {}
     for function in (kernels.token_logprobs, kernels.token_logprobs_reference):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        with mock.patch.object(kernels, "CHUNK_ELEMENTS", 3 * V), Largest() as largest:
+        with mock.patch.multiple(kernels, CHUNK_ELEMENTS=3 * V, CHUNK_ROWS=2), Largest() as largest:
             logprobs, entropy = function(h, w, targets)
             (logprobs + entropy).sum().backward()
         built[function.__name__] = largest.elements
@@ -1151,3 +1152,13 @@ def test_padding_is_never_trained_on_even_if_it_has_the_id_of_the_end():
     assert tokens.tolist() == [[1, 2, 3, 7], [1, 7, 7, 7]]
     assert mask.int().tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
     assert lengths.tolist() == [4, 2]
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+def test_win_rate_by_hand():
+    # Against (1, 1) and (0, ½): ½·(½ + 1) and ½·(0 + ½), mean (¾ + ¼)/2 = ½, standard deviation ¼·√2, over √2.
+    rate, error = evaluate.win_rate(vector(1., 0.), torch.stack([vector(1., 0.5), vector(0.5, 0.)]))
+    assert rate == 0.5 and error == pytest.approx(0.25)
+    assert evaluate.win_rate(vector(2., 2., 0., 0.), torch.ones(4, 1))[0] == 0.5
+    assert evaluate.win_rate(vector(2., 1., 1.), torch.ones(3, 2))[0] == pytest.approx(2 / 3)

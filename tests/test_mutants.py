@@ -14,6 +14,7 @@ import test_equations as equations
 import torch
 from torch import Tensor
 
+import evaluate
 import kernels
 import model
 import train_base
@@ -346,6 +347,11 @@ MUTANTS = [
      equations.test_implicit_rewards_carry_no_gradient),
     (train_dpo, "reference_logprobs", "reference not detached", Edit("@torch.no_grad()\n", ""),
      equations.test_the_reference_stands_still),
+
+    # evaluate.py
+    (evaluate, "win_rate", "ties count as losses", Edit("0.5 *", "0.0 *"), equations.test_win_rate_by_hand),
+    (evaluate, "win_rate", "error over comparisons", Edit("math.sqrt(len(per_prompt))", "math.sqrt(wins.numel())"),
+     equations.test_win_rate_by_hand),
 
     # train_ppo.py: KL and rewards
     (train_ppo, "kl_estimates", "k1 clamped at 0", kl(k1=lambda ratio: ratio.clamp(min=0)),
