@@ -1,4 +1,4 @@
-# make run     the whole line on Tinytown, about twelve minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
+# make run     the whole line on Tinytown, about ten minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
 # make test    the tests, about one minute
 # make clean   remove what make built: the environment and out/
 PYTHON ?= python3

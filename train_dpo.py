@@ -7,10 +7,10 @@
 The best policy under a reward and a KL penalty is π*(y|x) ∝ π_ref(y|x) exp(r(x,y)/β). Solved for r and put into the
 Bradley–Terry model, the unknown normaliser cancels between the two responses: no reward model, no sampling.
 
-A ranking of K responses gives all its C(K,2) pairs from K forward passes (→ ranking_dpo_loss), as in the reward model's
-loss. Differences from the paper: that, and AdamW instead of RMSprop.
+A ranking gives all its C(K,2) pairs from one forward pass over its prompt and K responses (→ ranking_dpo_loss), as in
+the reward model's loss. Differences from the paper: that, and AdamW instead of RMSprop.
 
-    python train_dpo.py --preset tinytown --init out/tinytown/sft --data out/tinytown/data/rankings.jsonl --out out/tinytown/dpo
+    python train_dpo.py --preset tinytown --init out/tinytown/sft --data out/tinytown/rank/rankings.jsonl --out out/tinytown/dpo
     python train_dpo.py --init out/mine/sft --data FILE.json --out out/mine/dpo       # prompt, chosen, rejected
 """
 import math
