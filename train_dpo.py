@@ -15,6 +15,7 @@ the reward model's loss. Differences from the paper: that, and AdamW instead of 
 """
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ from train_rm import better_pairs
 
 @dataclass(slots=True)
 class Config:
-    data: tuple = ()               # preference pairs or rankings
+    data: tuple = ()               # preference pairs or rankings; a margin they may carry is not used
     val: str = ""                  # held-out pairs or rankings; empty: every tenth row of data
     init: str = ""                 # SFT checkpoint: the start and, frozen, the reference
     out: str = "out/dpo"           # folder for the checkpoint and metrics
@@ -94,7 +95,7 @@ def response_logprobs(model: GPT, batch: RankingBatch) -> Tensor:
 
 
 @torch.no_grad()
-def reference_logprobs(model: GPT, batches: list[RankingBatch]) -> list[Tensor]:
+def reference_logprobs(model: GPT, batches: Iterable[RankingBatch]) -> list[Tensor]:
     """log π_ref of every response, once and up front; in the batches of training, so that step 1 repeats them."""
     return [response_logprobs(model, batch) for batch in batches]
 
@@ -123,38 +124,39 @@ def train(config: Config) -> dict:
                 micro_batch=(0, 10**6))
     if not config.data:
         raise InputError("--data: name one or more files of preference pairs or rankings")
+    if not config.init:
+        raise InputError("--init: name the folder of an SFT checkpoint: the policy's start and its reference")
     machine = setup(config)
     policy, tokenizer = load_gpt(config.init)            # no dropout: it would add noise to every log-ratio
     policy.to(machine.device).eval()
     draw = random.Random(config.seed)
 
-    def batched(rankings, groups, size):
-        return [ranking_batch([rankings[i] for i in part], [groups[i] for i in part], tokenizer.pad, machine.device)
-                for part in buckets([group_size(group) for group in groups], size, draw)]           # one forward pass each
+    (rankings, groups), val_split = ranking_splits(config.data, config.val, tokenizer, policy.config.block_size)
 
-    train_split, val_split = ranking_splits(config.data, config.val, tokenizer, policy.config.block_size)
-    batches = batched(*train_split, config.micro_batch or config.batch_size)
-    val_batches = batched(*val_split, 32)
-    if not any(batch.untied for batch in batches) or not any(batch.untied for batch in val_batches):
-        raise InputError("no untied pair to train on or to hold out: every ranking is tied, or there is only one row")
+    def batch_of(indices):
+        return ranking_batch([rankings[i] for i in indices], [groups[i] for i in indices], tokenizer.pad, machine.device)
+
+    micro = config.micro_batch or config.batch_size
+    steps = [[indices[start:start + micro] for start in range(0, len(indices), micro)]      # forward passes of each step
+             for indices in buckets([group_size(group) for group in groups], config.batch_size, draw)]
+    val_batches = [ranking_batch(*part, tokenizer.pad, machine.device)
+                   for part in zip(*([split[i:i + 32] for i in range(0, len(split), 32)] for split in val_split))]
     with machine.autocast():
-        references = reference_logprobs(policy, batches)                                    # (B, K) each
+        references = [reference_logprobs(policy, map(batch_of, parts)) for parts in steps]  # (B, K) each
         val_references = reference_logprobs(policy, val_batches)
 
-    group = max(1, config.batch_size // config.micro_batch) if config.micro_batch else 1    # forward passes a step
-    per_epoch = [range(i, min(i + group, len(batches))) for i in range(0, len(batches), group)]
-    order = [step for _ in range(config.epochs) for step in draw.sample(per_epoch, len(per_epoch))]
+    order = [number for _ in range(config.epochs) for number in draw.sample(range(len(steps)), len(steps))]
     optimizer = adamw(policy, config.lr, weight_decay=config.weight_decay)
     log = Log(config.out, len(order), "dpo")
 
-    for step, micro_batches in enumerate(order):
-        untied, step_loss, pairs = max(1, sum(batches[i].untied for i in micro_batches)), 0.0, []
-        for i in micro_batches:
-            batch = batches[i]
+    for step, number in enumerate(order):
+        micro_batches, step_loss, pairs = list(map(batch_of, steps[number])), 0.0, []
+        untied = sum(batch.untied for batch in micro_batches)
+        for batch, reference in zip(micro_batches, references[number]):
             with machine.autocast():
                 logprobs = response_logprobs(policy, batch)                                 # (B, K)
-            loss, numbers = ranking_dpo_loss(logprobs, references[i], batch.scores, batch.mask, config.beta, config.label_smoothing)
-            if step == 0 and batch.untied and abs(loss.item() - math.log(2)) > 1e-3:
+            loss, numbers = ranking_dpo_loss(logprobs, reference, batch.scores, batch.mask, config.beta, config.label_smoothing)
+            if step == 0 and not abs(loss.item() - math.log(2)) <= 1e-3:
                 raise RuntimeError(f"first DPO loss is {loss.item():.4f}, not log 2: policy and reference differ")
             loss = loss * (batch.untied / untied)
             loss.backward()

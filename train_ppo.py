@@ -224,7 +224,7 @@ def split(lengths: list[int], minibatches: int, micro_batch: int, device) -> lis
     The gradients of the parts add up to the minibatch's: parts save memory and padding, and change nothing else.
     """
     cut = []
-    for rows in torch.arange(len(lengths)).chunk(minibatches):
+    for rows in torch.arange(len(lengths)).tensor_split(minibatches):
         rows = rows.tolist()
         parts = by_length([lengths[i] for i in rows], micro_batch or len(rows))
         cut.append([(torch.tensor([rows[i] for i in part], device=device), slice(max(lengths[rows[i]] for i in part)))
@@ -331,6 +331,8 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                 ptx_windows=(1, 10**6), ptx_window=(2, 10**6), lr=(0, 1), value_lr=(0, 1))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
+    if not config.init:
+        raise InputError("--init: name the folder of an SFT checkpoint: the policy's start and its reference")
     if config.ptx_coef > 0 and not config.ptx_data:
         raise InputError("--ptx_data: name the pretraining text, or set --ptx_coef 0 for PPO without the mix")
     machine = setup(config)
@@ -371,7 +373,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                 count = (step * config.inner_epochs + epoch) * config.minibatches + index
                 with machine.autocast():
                     shown = update(policy, value_model, batch, parts, advantages, returns, config)
-                    if epoch == index == 0 and shown["ratio_error"] > 1e-3:
+                    if epoch == index == 0 and not shown["ratio_error"] <= 1e-3:
                         raise RuntimeError(f"step {step + 1}: the first minibatch's ratio is off 1 by "
                                            f"{shown['ratio_error']:.2g}; old log-probabilities are not the policy's")
                     if text:

@@ -46,6 +46,8 @@ def train(config: Config) -> dict:
     check_range(config, least=(2, 100), most=(config.least, 100), flip=(0, 0.5), max_new_tokens=(1, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
+    if not config.init:
+        raise InputError("--init: name the folder of the checkpoint that answers them")
     machine, started = setup(config), time.time()
     model, tokenizer = load_gpt(config.init)
     model.to(machine.device)

@@ -22,7 +22,7 @@ $PYTHON train_rm.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$
 # 3  RLHF; then the same without the pretraining mix, and without the KL penalty
 $PYTHON train_ppo.py $RL --ptx_data "$OUT/data/base.txt" --out "$OUT/ppo"
 $PYTHON train_ppo.py $RL --ptx_coef 0 --out "$OUT/ppo_no_mix"
-$PYTHON train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 50 --out "$OUT/ppo_no_kl"
+$PYTHON train_ppo.py $RL --ptx_coef 0 --beta 0 --out "$OUT/ppo_no_kl"
 # 3' preferences without RL: two fifths of the rankings are enough for DPO
 head -n 3000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"
 $PYTHON train_dpo.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$OUT/rank/some.jsonl" \

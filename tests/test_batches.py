@@ -1,4 +1,5 @@
 """data/batches.py: padding, bucketing, what happens to rows that are too long, rankings, windows of text."""
+import json
 import math
 import random
 import re
@@ -9,7 +10,7 @@ import torch
 from common import InputError
 from data import batches
 from data.batches import (PACKED, TextStream, buckets, by_length, demonstration_rows, pad_rows, prompt_rows, ranking_batch, ranking_groups,
-                          response_row)
+                          ranking_splits, response_row)
 from data.readers import Ranking
 from data.tokenizer import get_tokenizer
 
@@ -144,6 +145,18 @@ def test_rankings_with_a_row_that_is_too_long_are_dropped_whole(capsys):
     assert len(ranking_groups([fits], TOKENIZER, longest)[0]) == 1
     with pytest.raises(InputError, match=f"{longest - 1} tokens"):
         ranking_groups([fits], TOKENIZER, longest - 1)
+
+
+def test_rankings_without_a_pair_are_left_out_and_counted(tmp_path, capsys):
+    rows = [{"prompt": "Who?", "responses": [{"text": "Ada.", "score": i % 3}, {"text": "No.", "score": 1}]} for i in range(6)]
+    path = tmp_path / "rankings.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (kept, groups), (held_out, _) = ranking_splits((str(path),), "", TOKENIZER, 99)
+    assert [ranking.scores[0] for ranking in kept] == [2.0, 0.0, 2.0] and [ranking.scores[0] for ranking in held_out] == [0.0]
+    assert len(groups) == 3 and "6 rankings: 2 left out" in capsys.readouterr().err
+    path.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(InputError, match="every ranking is tied"):
+        ranking_splits((str(path),), "", TOKENIZER, 99)
 
 
 @pytest.mark.parametrize("prompt", [SHORT[:1], TURNS[:3]])

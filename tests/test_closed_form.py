@@ -77,7 +77,7 @@ def ppo_probs(toy, beta: float):
     tokenizer = ToyTokenizer()
     scores = torch.tensor([reward(text) if ended else -0.5 for text, ended in map(tokenizer.response_text, responses)],
                           dtype=torch.double)
-    config = train_ppo.Config(data=(str(folder / "prompts.jsonl"),), out=str(folder / "ppo"), steps=100, batch_size=256,
+    config = train_ppo.Config(init="toy", data=(str(folder / "prompts.jsonl"),), out=str(folder / "ppo"), steps=100, batch_size=256,
                               minibatches=2, max_new_tokens=2, beta=beta, ptx_coef=0, lr=1e-2, value_lr=1e-2, lam=1.0,
                               cliprange_value=10.0, missing_end_score=-0.5, sample_every=10**6, device="cpu")
     train_ppo.train(config, reward=lambda conversations, texts: [reward(text) for text in texts])
@@ -106,7 +106,7 @@ def dpo_probs(toy, beta: float):
         rows += [{"prompt": "a", "chosen": first, "rejected": second}] * wins
         rows += [{"prompt": "a", "chosen": second, "rejected": first}] * (20 - wins)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = train_dpo.Config(data=(str(folder / "pairs.jsonl"),), val=str(folder / "pairs.jsonl"), out=str(folder / "dpo"),
+    config = train_dpo.Config(init="toy", data=(str(folder / "pairs.jsonl"),), val=str(folder / "pairs.jsonl"), out=str(folder / "dpo"),
                               beta=beta, epochs=6, lr=3e-3, batch_size=128, device="cpu")
     train_dpo.train(config)
     reference = sequence_probs(toy_policy(), responses)
