@@ -106,8 +106,9 @@ def dpo_probs(toy, beta: float):
         rows += [{"prompt": "a", "chosen": first, "rejected": second}] * wins
         rows += [{"prompt": "a", "chosen": second, "rejected": first}] * (20 - wins)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = train_dpo.Config(init="toy", data=(str(folder / "pairs.jsonl"),), val=str(folder / "pairs.jsonl"), out=str(folder / "dpo"),
-                              beta=beta, epochs=6, lr=3e-3, batch_size=128, device="cpu")
+    pairs = str(folder / "pairs.jsonl")
+    config = train_dpo.Config(init="toy", data=(pairs,), val=pairs, out=str(folder / "dpo"),
+                              beta=beta, epochs=12, lr=3e-3, batch_size=128, device="cpu")
     train_dpo.train(config)
     reference = sequence_probs(toy_policy(), responses)
     trained = sequence_probs(saved[-1], responses)
