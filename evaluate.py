@@ -296,7 +296,8 @@ def draw_plots(report: dict, run: Path) -> None:
     figure.savefig(run / "gold.png", dpi=120)
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    for axis, key, title in zip(axes, ("proxy", "gold"), ("proxy: the reward model's score (−3 without an end)", "gold: what it is worth")):
+    titles = {"proxy": "proxy: the reward model's score (−3 without an end)", "gold": "gold: what it is worth"}
+    for axis, (key, title) in zip(axes, titles.items()):
         for (name, curve), color in zip(report["over_optimisation"].items(), ("tab:blue", "tab:green", "tab:red")):
             x = [math.sqrt(max(0.0, point["kl"])) for point in curve]
             axis.plot(x, [point[key] for point in curve], "o-", markersize=3.5, color=color, label=CURVES[name])

@@ -325,10 +325,11 @@ def first_sample(step: int, messages: list[dict], batch: Rollout) -> str:
 
 def train(config: Config, reward: Reward | None = None) -> dict:
     """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
-    check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size), micro_batch=(0, 10**6), inner_epochs=(1, 100),
-                max_new_tokens=(1, 10**5), temperature=(0.01, 10), beta=(0, 100), target_kl=(0, 10**4), gamma=(0, 1),
-                lam=(0, 1), cliprange=(0, 10), cliprange_value=(0, 10**6), ptx_coef=(0, 10**4),
-                ptx_windows=(1, 10**6), ptx_window=(2, 10**6), lr=(0, 1), value_lr=(0, 1))
+    check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size),
+                micro_batch=(0, 10**6), inner_epochs=(1, 100), max_new_tokens=(1, 10**5), temperature=(0.01, 10),
+                beta=(0, 100), target_kl=(0, 10**4), gamma=(0, 1), lam=(0, 1), cliprange=(0, 10),
+                cliprange_value=(0, 10**6), ptx_coef=(0, 10**4), ptx_windows=(1, 10**6), ptx_window=(2, 10**6),
+                lr=(0, 1), value_lr=(0, 1))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
     if not config.init:

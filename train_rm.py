@@ -4,7 +4,8 @@
     L(θ) = −E_x [ 1/C(K,2) · Σ_{(w,l)} log σ(r_θ(x, y_w) − r_θ(x, y_l)) ]         → pairwise_loss, ranking_loss
 
 All C(K,2) pairs of a ranking come from one batch element: its prompt and its K responses are computed once and serve
-K(K−1)/2 comparisons, and every response is learned from once an epoch. The reward is a linear head on the last token's state of a copy of the SFT model.
+K(K−1)/2 comparisons, and every response is learned from once an epoch. The reward is a linear head on the last token's
+state of a copy of the SFT model.
 
 Differences from InstructGPT: tied responses are left out of the sum (as there) but a ranking may carry a margin
 (Llama 2); the rest, one epoch and a bias that makes demonstrations average 0 included, is the same.
