@@ -293,15 +293,14 @@ def evaluate(batch: Rollout, rewards: Tensor, returns: Tensor) -> dict[str, floa
 def update(policy: GPT, value_model: RewardModel, batch: Rollout, parts: list[Part], advantages: Tensor, returns: Tensor,
            config: Config) -> dict[str, Tensor]:
     """Gradients of L_π + c_V L_V on one minibatch of a rollout; returns what the log shows."""
-    tokens_of = [batch.mask[rows].sum() for rows, _ in parts]
-    shown = []
-    for part, count in zip(parts, tokens_of):
+    total, shown = sum(batch.mask[rows].sum() for rows, _ in parts), []
+    for part in parts:
         mask, old_logprobs, old_values = batch.mask[part], batch.logprobs[part], batch.values[part]   # (b, t)
         logprobs, _ = policy.logprobs(batch.tokens[part], mask, config.temperature)         # (b, t)
         values = state_values(value_model, batch.tokens[part], mask)                        # (b, t)
         loss_policy = policy_loss(logprobs, old_logprobs, advantages[part], mask, config.cliprange)
         loss_value = value_loss(values, old_values, returns[part], mask, config.cliprange_value)
-        share = count / sum(tokens_of)            # means of parts, so weighted, add up to the mean of the minibatch
+        share = mask.sum() / total                # means of parts, so weighted, add up to the mean of the minibatch
         (share * (loss_policy + config.vf_coef * loss_value)).backward()
         ratio = torch.exp(logprobs.detach() - old_logprobs)                                 # 1 outside the mask
         clipped = masked_mean(((ratio - 1).abs() > config.cliprange).float(), mask)

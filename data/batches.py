@@ -82,21 +82,24 @@ def group_size(group: Group) -> int:
     return len(prompt) + sum(map(len, responses))
 
 
+def read_untied(*paths: str) -> list[Ranking]:
+    """The rankings of these files that hold a pair. Those whose responses are all tied are counted on stderr and left out;
+    InputError if that leaves none."""
+    rankings = read_rankings(*paths)
+    kept = [ranking for ranking in rankings if len(set(ranking.scores)) > 1]
+    if len(kept) < len(rankings):
+        print(f"{len(rankings)} rankings: {len(rankings) - len(kept)} left out, all their responses tied", file=sys.stderr)
+    if not kept:
+        raise InputError(f"{paths[0]}: nothing to learn from, every ranking is tied; give some response a higher score")
+    return kept
+
+
 def ranking_splits(data: tuple[str, ...], val: str, tokenizer: Tokenizer, block_size: int):
     """((rankings, groups) to train on, (rankings, groups) held out): the files of data and of val, or, without val, every
-    tenth ranking of data held out. A single ranking is in both. Rankings without a pair, all tied, are left out."""
-    def untied(*paths):
-        rankings = read_rankings(*paths)
-        kept = [ranking for ranking in rankings if len(set(ranking.scores)) > 1]
-        if len(kept) < len(rankings):
-            print(f"{len(rankings)} rankings: {len(rankings) - len(kept)} left out, all their responses tied", file=sys.stderr)
-        if not kept:
-            raise InputError(f"{paths[0]}: nothing to learn from, every ranking is tied; give some response a higher score")
-        return ranking_groups(kept, tokenizer, block_size)
-
-    rankings, groups = untied(*data)
+    tenth ranking of data held out. A single ranking is in both."""
+    rankings, groups = ranking_groups(read_untied(*data), tokenizer, block_size)
     if val:
-        return (rankings, groups), untied(val)
+        return (rankings, groups), ranking_groups(read_untied(val), tokenizer, block_size)
     keep = [i for i in range(len(groups)) if i % 10 or len(groups) == 1]
     return ([rankings[i] for i in keep], [groups[i] for i in keep]), (rankings[::10], groups[::10])
 

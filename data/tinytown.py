@@ -466,7 +466,7 @@ def instructions(split: str, count: int, seed: int, unique: bool = False) -> lis
     """`count` instructions of a split at Table 1's frequencies: (messages, family, slots)."""
     draw = random.Random(f"{split}-{seed}")
     shares = list(accumulate(family.share for family in FAMILIES))
-    # Evenly spaced points on the shares instead of random ones: each family gets its share, to within two
+    # Evenly spaced points on the shares instead of random ones: each family gets its share, to within two.
     points = ((i + draw.random()) / count * shares[-1] for i in range(count))
     wanted = [FAMILIES[bisect(shares, point)] for point in points]
     draw.shuffle(wanted)

@@ -103,6 +103,22 @@ def test_dpo_starts_at_log_2_and_widens_the_margin(town, tmp_path):
     assert sum(row["margin"] for row in rows[-5:]) / 5 > 0.05
 
 
+def test_micro_batches_change_memory_and_nothing_else(town, tmp_path):
+    """Ranking batches and rollouts cut into parts of unequal token counts give the whole step's loss and gradient."""
+    def first(script, config, names):
+        found = []
+        for micro in (0, 3):
+            config.micro_batch, config.out = micro, str(tmp_path / f"{script.__name__}{micro}")
+            script.train(config)
+            found.append([row[name] for row in metrics(Path(config.out))[:3] for name in names])     # later rows feel the updates
+        assert found[1] == pytest.approx(found[0], rel=2e-3, abs=1e-5)
+
+    data = dict(data=(str(town / "rank/rankings.jsonl"),), init=str(town / "sft"), batch_size=8)
+    first(train_rm, train_rm.Config(**data), ("loss", "grad_norm"))
+    first(train_dpo, train_dpo.Config(**data), ("loss", "grad_norm", "margin"))
+    first(train_ppo, ppo_config(town, tmp_path), ("policy_loss", "value_loss", "clip_fraction", "kl", "score"))
+
+
 def test_reference_computed_after_training_is_refused(town, tmp_path, monkeypatch):
     """Reference log-probabilities of any other policy than the start break the log 2 of the first step."""
     right = train_dpo.reference_logprobs
