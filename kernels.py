@@ -1,13 +1,26 @@
 """Arithmetic that several scripts share and that must be fast.
 
-Each function is the plain definition in PyTorch; a kernel for one device stands beside it under the same signature.
+Each function has its definition in plain PyTorch beside it, or is that definition; a kernel for one device stands below
+under the same arithmetic. `token_logprobs` picks: Triton for 16-bit products on a GPU, chunks of PyTorch elsewhere.
 """
+import os
+
 import torch
 from torch import Tensor
 
-# Logits that token_logprobs holds at once: 4 MiB in fp32, but never fewer than 128 rows of them, because every chunk
-# reads the whole head (1,024 tokens at V = 50,304, C = 128, two cores: 0.8 s; with 20 rows a chunk 1.4 s).
+try:                                                      # on the CPU Triton runs only interpreted, for the tests
+    if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise ImportError
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# Logits that token_logprobs forms at once: 4 MiB in fp32, but never fewer than 128 rows of them, because every chunk reads
+# the whole head.
 CHUNK_ELEMENTS, CHUNK_ROWS = 2 ** 20, 128
+# Probabilities that its forward pass keeps for the backward pass: 256 MiB in fp32. What goes beyond is formed again.
+KEPT_ELEMENTS = 2 ** 26
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -21,20 +34,27 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability of given tokens, and entropy, straight from hidden states; never holds (..., V) at once.
+    """Log-probability of given tokens, and entropy, straight from hidden states; never holds (..., V) logits.
 
         logits = hidden·weightᵀ / temperature      logprob = logits[target] − logsumexp(logits)
         entropy = −Σ_v p_v log p_v                 (both in nats, both differentiable)
 
     hidden (..., C): state *before* each target. weight (V, C): the output head. targets (...): token ids.
     Returns (logprobs, entropy), each (...), fp32 (float64 for float64 input). Under autocast the product is taken in
-    the autocast type and everything after it in fp32. Time goes into two matrix products forward and three backward:
-    logits are formed again in the backward pass instead of being kept.
+    the autocast type and everything after it in fp32. Memory beyond inputs and gradients is bounded, whatever the
+    number of tokens: up to KEPT_ELEMENTS probabilities wait for the backward pass, all others are formed a second time.
     """
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} must match hidden {tuple(hidden.shape)} without its last axis")
-    logprobs, entropy = _TokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
-                                             temperature)
+    kind = hidden.device.type
+    product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    # The casts are part of the graph, so that each gradient comes back in the type of its input.
+    rows, head, wanted = hidden.reshape(-1, hidden.shape[-1]).to(product), weight.to(product), targets.reshape(-1)
+    if triton and kind == "cuda" and product.itemsize == 2:
+        logprobs, entropy = _TritonTokenLogprobs.apply(rows, head, wanted, temperature)
+    else:
+        keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        logprobs, entropy = _TokenLogprobs.apply(rows, head, wanted, temperature, keep)
     return logprobs.view(targets.shape), entropy.view(targets.shape)
 
 
@@ -45,49 +65,175 @@ def token_logprobs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, te
     return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
 
 
+# ----------------------------------------------------------------------------- any device: chunks of PyTorch
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature):                      # (N, C), (V, C), (N,)
-        kind = hidden.device.type
-        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.temperature = temperature
-        hidden, weight = hidden.to(product), weight.to(product)
-        exact = torch.promote_types(product, torch.float32)
+    def forward(ctx, hidden, weight, targets, temperature, keep):                # (N, C), (V, C), (N,)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, log_z = torch.empty(3, len(hidden), dtype=exact, device=hidden.device)
-        with torch.autocast(kind, enabled=False):
+        kept, room = [], KEPT_ELEMENTS if keep else 0
+        with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(len(hidden), len(weight)):
-                logits = (hidden[rows] @ weight.T).to(exact).div_(temperature)   # (n, V)
-                log_z[rows] = logits.logsumexp(-1)
-                log_p = logits.sub_(log_z[rows, None])
-                logprobs[rows] = log_p.gather(-1, targets[rows, None])[:, 0]
-                entropy[rows] = -torch.linalg.vecdot(log_p, log_p.exp())
-        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
+                logits = _logits(hidden[rows], weight, temperature)              # (n, V)
+                top = logits.amax(-1, keepdim=True)
+                logits.sub_(top)
+                chosen = logits.gather(-1, targets[rows, None])[:, 0]
+                p = logits.exp()                                                 # the only exp, backward included
+                total = p.sum(-1)
+                logprobs[rows] = chosen - total.log()
+                entropy[rows] = total.log() - torch.linalg.vecdot(p, logits) / total
+                log_z[rows] = top[:, 0] + total.log()
+                room -= p.numel()
+                if room >= 0:
+                    kept.append(p.div_(total[:, None]))
+        ctx.save_for_backward(hidden, weight, targets, log_z, entropy, *kept)
+        ctx.temperature = temperature
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, targets, log_z, entropy = ctx.saved_tensors
+        hidden, weight, targets, log_z, entropy, *kept = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_z.dtype)
-        with_entropy = bool((grad_entropy != 0).any())       # usually only a statistic: saves a third of the work
+        with_entropy = bool((grad_entropy != 0).any())       # usually only a statistic: saves a pass over the logits
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(hidden), len(weight)):
-                log_p = (hidden[rows] @ weight.T).to(log_z.dtype).div_(ctx.temperature).sub_(log_z[rows, None])
+            for i, rows in enumerate(_chunks(len(hidden), len(weight))):
+                p = kept[i] if i < len(kept) else (
+                    _logits(hidden[rows], weight, ctx.temperature).sub_(log_z[rows, None]).exp_())       # (n, V)
                 # ∂logprob/∂logits = onehot(target) − p        ∂entropy/∂logits = −p·(log p + entropy)
-                p = log_p.exp()                                                  # (n, V)
-                scale = grad_logprobs[rows, None]
+                grad = p * -grad_logprobs[rows, None]
                 if with_entropy:
-                    grad_logits = -p * (scale + grad_entropy[rows, None] * (log_p + entropy[rows, None]))
+                    grad -= grad_entropy[rows, None] * (torch.xlogy(p, p) + p * entropy[rows, None])
+                grad.scatter_add_(-1, targets[rows, None], grad_logprobs[rows, None])
+                if ctx.temperature != 1:
+                    grad /= ctx.temperature
+                grad = grad.to(hidden.dtype)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                if grad_weight.dtype == hidden.dtype:
+                    grad_weight.addmm_(grad.T, hidden[rows])         # in place: no second (V, C) tensor
                 else:
-                    grad_logits = p.mul_(-scale)
-                grad_logits.scatter_add_(-1, targets[rows, None], scale)
-                grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
-                grad_hidden[rows] = grad_logits @ weight
-                grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden.to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]), None, None
+                    grad_weight += grad.T @ hidden[rows]             # 16-bit products, summed in fp32
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(n, V) logits in at least fp32, a tensor of its own."""
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:
     size = max(CHUNK_ROWS, CHUNK_ELEMENTS // columns)
     return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+# ----------------------------------------------------------------------------- GPU: a pair of Triton kernels
+
+GRADIENT_ELEMENTS = 2 ** 26      # of ∂loss/∂logits that the backward pass holds at once: 128 MiB in bf16
+SPLITS = 16                      # parts of the vocabulary that run side by side, so that few tokens fill a GPU as well
+
+if triton:
+    # The interpreter multiplies the bits of bf16 numbers; a GPU multiplies the numbers, and sums in fp32 either way.
+    INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+    @triton.jit
+    def _tile(hidden, weight, n, v, N, V, C, temperature, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+              BLOCK_C: tl.constexpr):
+        """Logits of tokens n (BLOCK_N,) × vocabulary entries v (BLOCK_V,), summed in fp32; −inf beyond V."""
+        logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            h = tl.load(hidden + n[:, None] * C + c[None, :], mask=(n[:, None] < N) & (c[None, :] < C), other=0.0)
+            w = tl.load(weight + v[None, :] * C + c[:, None], mask=(v[None, :] < V) & (c[:, None] < C), other=0.0)
+            if INTERPRETED:
+                h, w = h.to(tl.float32), w.to(tl.float32)
+            logits = tl.dot(h, w, logits, input_precision="ieee")
+        return tl.where(v[None, :] < V, logits / temperature, float("-inf"))
+
+    @triton.jit
+    def _forward_kernel(hidden, weight, targets, top, total, weighted, chosen, N, V, C, temperature, per_split,
+                        BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):
+        """For BLOCK_N tokens and one split of the vocabulary, in one pass (online log-sum-exp), with l the logits:
+        top = max l,  total = Σ exp(l − top),  weighted = Σ exp(l − top)·(l − top),  chosen = l[target] or 0. (SPLITS, N) each."""
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = tl.program_id(1) * per_split
+        target = tl.load(targets + n, mask=n < N, other=-1)
+        m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        s, e, t = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(first, tl.minimum(first + per_split, V), BLOCK_V):
+            v = start + tl.arange(0, BLOCK_V)
+            l = _tile(hidden, weight, n, v, N, V, C, temperature, BLOCK_N, BLOCK_V, BLOCK_C)
+            t += tl.sum(tl.where(v[None, :] == target[:, None], l, 0.0), 1)
+            higher = tl.maximum(m, tl.max(l, 1))
+            old = tl.where(m == float("-inf"), 0.0, m)                    # the first block has nothing to rescale
+            scale = tl.where(m == float("-inf"), 0.0, tl.exp(old - higher))
+            p = tl.exp(l - higher[:, None])
+            e = scale * (e + s * (old - higher)) + tl.sum(p * tl.where(v[None, :] < V, l - higher[:, None], 0.0), 1)
+            s = scale * s + tl.sum(p, 1)
+            m = higher
+        place = tl.program_id(1) * N + n
+        tl.store(top + place, m, mask=n < N)
+        tl.store(total + place, s, mask=n < N)
+        tl.store(weighted + place, e, mask=n < N)
+        tl.store(chosen + place, t, mask=n < N)
+
+    @triton.jit
+    def _backward_kernel(hidden, weight, targets, log_z, entropy, grad_logprobs, grad_entropy, grad, N, V, C, temperature,
+                         BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr):
+        """∂loss/∂logits of BLOCK_N tokens × BLOCK_V entries, from logits formed again; rounded once, into grad (N, V)."""
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+        real = n < N
+        target = tl.load(targets + n, mask=real, other=-1)
+        z, H = tl.load(log_z + n, mask=real, other=0.0), tl.load(entropy + n, mask=real, other=0.0)
+        up, up_entropy = tl.load(grad_logprobs + n, mask=real, other=0.0), tl.load(grad_entropy + n, mask=real, other=0.0)
+        log_p = _tile(hidden, weight, n, v, N, V, C, temperature, BLOCK_N, BLOCK_V, BLOCK_C) - z[:, None]
+        p = tl.exp(log_p)
+        onehot = tl.where(v[None, :] == target[:, None], 1.0, 0.0)
+        entropy_part = p * tl.where(v[None, :] < V, log_p + H[:, None], 0.0)
+        g = (up[:, None] * (onehot - p) - up_entropy[:, None] * entropy_part) / temperature
+        tl.store(grad + n[:, None].to(tl.int64) * V + v[None, :], g.to(grad.dtype.element_ty),
+                 mask=real[:, None] & (v[None, :] < V))
+
+
+class _TritonTokenLogprobs(torch.autograd.Function):
+    BLOCKS = dict(BLOCK_N=64, BLOCK_V=128, BLOCK_C=32)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):                      # (N, C), (V, C), (N,)
+        hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
+        (N, C), V, blocks = hidden.shape, len(weight), _TritonTokenLogprobs.BLOCKS
+        per_split = triton.cdiv(triton.cdiv(V, SPLITS), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
+        splits = triton.cdiv(V, per_split)
+        top, total, weighted, chosen = torch.empty(4, splits, N, dtype=torch.float32, device=hidden.device)
+        _forward_kernel[triton.cdiv(N, blocks["BLOCK_N"]), splits](
+            hidden, weight, targets, top, total, weighted, chosen, N, V, C, float(temperature), per_split, **blocks)
+        highest = top.amax(0)                                                    # (N,)
+        scale = torch.exp(top - highest)                                         # (splits, N)
+        all_total = (scale * total).sum(0)
+        log_z = highest + all_total.log()
+        expected = (scale * (weighted + total * (top - highest))).sum(0) / all_total     # E[l] − highest
+        entropy = all_total.log() - expected
+        ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
+        ctx.temperature = float(temperature)
+        return chosen.sum(0) - log_z, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, targets, log_z, entropy = ctx.saved_tensors
+        (N, C), V, blocks = hidden.shape, len(weight), _TritonTokenLogprobs.BLOCKS
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        grad_logprobs, grad_entropy = grad_logprobs.contiguous(), grad_entropy.contiguous()
+        size = max(blocks["BLOCK_N"], GRADIENT_ELEMENTS // V)
+        for start in range(0, N, size):
+            rows = slice(start, start + size)
+            n = len(hidden[rows])
+            grad = torch.empty(n, V, dtype=hidden.dtype, device=hidden.device)
+            _backward_kernel[triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(V, blocks["BLOCK_V"])](
+                hidden[rows], weight, targets[rows], log_z[rows], entropy[rows], grad_logprobs[rows], grad_entropy[rows],
+                grad, n, V, C, ctx.temperature, **blocks)
+            grad_hidden[rows] = grad @ weight                                    # the library's matrix products are the best
+            grad_weight += grad.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None

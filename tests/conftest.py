@@ -1,10 +1,13 @@
 """Shared fixtures. One thread: the models here are so small that threads would only wait for each other."""
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")        # read when Triton, and so kernels.py, is imported first
 
 
 @pytest.fixture(scope="session")

@@ -377,19 +377,22 @@ def test_token_logprobs_equal_the_reference_forward_and_backward():
     for shape, C, V, chunk in (((1,), 3, 5, 2 ** 20), ((13,), 7, 11, 33), ((5, 3), 4, 17, 40), ((9,), 5, 65, 64),
                                ((2, 3, 4), 3, 10, 1), ((0,), 3, 5, 64)):
         hidden, weight, targets = normal(*shape, C), normal(V, C), torch.randint(V, shape)
-        with mock.patch.multiple(kernels, CHUNK_ELEMENTS=chunk, CHUNK_ROWS=1):
-            for temperature in (0.6, 1.0, 2.5):
-                for weights in ((normal(*shape), normal(*shape)), (normal(*shape), 0.0), (0.0, normal(*shape))):
-                    for out, expected in both_routes(hidden, weight, targets, temperature, weights):
-                        close(out, expected)
+        # All probabilities kept for the backward pass, none, or those of the first 2 chunks.
+        for kept in (2 ** 20, 0, 2 * max(V, chunk)):
+            with mock.patch.multiple(kernels, CHUNK_ELEMENTS=chunk, CHUNK_ROWS=1, KEPT_ELEMENTS=kept):
+                for temperature in (0.6, 1.0, 2.5):
+                    for weights in ((normal(*shape), normal(*shape)), (normal(*shape), 0.0), (0.0, normal(*shape))):
+                        for out, expected in both_routes(hidden, weight, targets, temperature, weights):
+                            close(out, expected)
 
 
 def test_token_logprobs_have_the_gradient_of_finite_differences():
     torch.manual_seed(7)
     hidden, weight = normal(5, 3).requires_grad_(), normal(7, 3).requires_grad_()
     targets = torch.tensor([0, 6, 2, 2, 5])
-    for temperature in (0.7, 1.0):
-        with mock.patch.multiple(kernels, CHUNK_ELEMENTS=14, CHUNK_ROWS=1):          # 2 rows at a time, the last chunk has 1
+    for temperature, kept in ((0.7, 100), (1.0, 100), (0.7, 0), (1.0, 14)):
+        # 2 rows at a time, the last chunk has 1; the probabilities of all chunks kept, of none, of the first
+        with mock.patch.multiple(kernels, CHUNK_ELEMENTS=14, CHUNK_ROWS=1, KEPT_ELEMENTS=kept):
             assert torch.autograd.gradcheck(lambda h, w: kernels.token_logprobs(h, w, targets, temperature),
                                             (hidden, weight), raise_exception=False)
 
@@ -456,6 +459,21 @@ def test_no_tensor_over_all_tokens_and_the_vocabulary_is_built():
         built[function.__name__] = largest.elements
     assert built["token_logprobs_reference"] == N * V               # the probe sees what it should
     assert built["token_logprobs"] == max(N * C, V * C, 3 * V)      # the input, the weight or a chunk
+
+
+def test_no_more_than_the_stated_probabilities_wait_for_the_backward_pass():
+    torch.manual_seed(10)
+    N, C, V = 64, 4, 50
+    hidden, weight, targets = torch.randn(N, C, requires_grad=True), torch.randn(V, C), torch.randint(V, (N,))
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(tuple(x.shape)) or x, lambda x: x):
+        with mock.patch.multiple(kernels, CHUNK_ELEMENTS=3 * V, CHUNK_ROWS=2, KEPT_ELEMENTS=8 * V):   # room for 2 chunks of 3
+            kernels.token_logprobs(hidden, weight, targets)
+    assert sorted(held) == sorted([(N, C), (V, C), (N,), (N,), (N,), (3, V), (3, V)])
+    held.clear()
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):
+        kernels.token_logprobs(hidden, weight, targets)
+    assert not held
 
 
 def test_targets_of_another_shape_than_the_states_are_refused():
