@@ -1,0 +1,182 @@
+"""The project's scripts against TRL's trainers on the same token ids, in fp32: SFT, reward model, DPO on pairs, and PPO.
+
+    python -m bench.trainers                           SFT, reward model, DPO
+    PYTHONPATH=.venv/trl-1.12 python -m bench.trainers --ppo        PPO: TRL's last release that has it is 1.12.0
+
+Model: 4 layers, 4 heads, width 128, Tinytown's vocabulary. Ours is timed over all of `train()`, reading and saving included;
+TRL over `trainer.train()` alone, its data tokenized beforehand.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from bench.compare import emit, interleave, row
+from common import save_checkpoint
+from data.tokenizer import get_tokenizer
+from model import GPT, GPTConfig, RewardModel
+
+LAYERS = HEADS = 4
+WIDTH, CONTEXT = 128, 256
+BATCH, STEPS, ROUNDS = 16, 16, 5
+PROMPT = RESPONSE = 64                        # tokens, those of the chat template included
+EPISODES, PPO_STEPS, PPO_RESPONSE = 64, 3, 32
+TOKENIZER = get_tokenizer("tinytown")
+WORDS = [w for w in (TOKENIZER.decode([id]) for id in range(TOKENIZER.encoding.n_vocab - 6))
+         if w.startswith(" ") and w[1:].isalpha() and len(TOKENIZER.encode(w)) == 1]
+
+
+def text(draw: random.Random, tokens: int) -> str:
+    """Words that take exactly this many tokens."""
+    return "".join(draw.choice(WORDS) for _ in range(tokens))
+
+
+def written(folder: Path, count: int) -> tuple[Path, Path, list[dict]]:
+    """(file of pairs, file of one pair, the pairs)."""
+    draw = random.Random(0)
+    rows = [{"prompt": text(draw, PROMPT - 3), "chosen": text(draw, RESPONSE - 1), "rejected": text(draw, RESPONSE - 1)}
+            for _ in range(count)]
+    for name, part in (("pairs.jsonl", rows), ("one.jsonl", rows[:1])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder / "pairs.jsonl", folder / "one.jsonl", rows
+
+
+def ids(rows: list[dict]) -> list[dict]:
+    """The same rows as token ids, as our renderer writes them."""
+    out = []
+    for pair in rows:
+        prompt = TOKENIZER.render_prompt([{"role": "user", "content": pair["prompt"]}])
+        chosen, rejected = ([*TOKENIZER.encode(pair[key]), TOKENIZER.end] for key in ("chosen", "rejected"))
+        assert (len(prompt), len(chosen), len(rejected)) == (PROMPT, RESPONSE, RESPONSE)
+        out.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return out
+
+
+def checkpoints(folder: Path) -> None:
+    """A random language model and reward model for our scripts to start from."""
+    gpt = GPT(GPTConfig(CONTEXT, TOKENIZER.vocab_size, LAYERS, HEADS, WIDTH))
+    save_checkpoint(folder / "sft", gpt, "language model", train_sft.Config(), tokenizer="tinytown")
+    save_checkpoint(folder / "rm", RewardModel(gpt), "reward model", train_rm.Config(), tokenizer="tinytown")
+
+
+def network(kind=GPT2LMHeadModel):
+    shape = GPT2Config(n_layer=LAYERS, n_head=HEADS, n_embd=WIDTH, vocab_size=TOKENIZER.vocab_size, n_positions=CONTEXT,
+                       resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, num_labels=1, bos_token_id=TOKENIZER.endoftext,
+                       eos_token_id=TOKENIZER.end, pad_token_id=TOKENIZER.pad)
+    return kind(shape)
+
+
+def names(row: list[int]) -> str:
+    """Ids as words for `their_tokenizer`, for the trainer that insists on text."""
+    return " ".join(f"<{id}>" for id in row)
+
+
+def their_tokenizer() -> PreTrainedTokenizerFast:
+    """One word a token, so that TRL trains on the same ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    vocabulary = {names([id]): id for id in range(TOKENIZER.vocab_size)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=names([0])))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=names([TOKENIZER.end]),
+                                   pad_token=names([TOKENIZER.pad]))
+
+
+def quietly(function):
+    """Seconds of function(), what it prints thrown away."""
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        function()
+    return time.perf_counter() - start
+
+
+def settings(kind, folder: Path, **more):
+    return kind(output_dir=str(folder / "trl"), per_device_train_batch_size=BATCH, report_to="none", save_strategy="no",
+                logging_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, gradient_checkpointing=False,
+                learning_rate=1e-4, **more)
+
+
+def main() -> None:
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+    folder = Path(tempfile.mkdtemp())
+    pairs, one, rows = written(folder, BATCH * STEPS)
+    checkpoints(folder)
+    encoded = ids(rows)
+    common = dict(epochs=1, batch_size=BATCH, dtype="float32", init=str(folder / "sft"), val=str(one), out=str(folder / "out"))
+    data = (str(pairs),)
+    stages = {
+        "SFT": (
+            lambda: train_sft.train(train_sft.Config(data=data, **common)),
+            lambda: SFTTrainer(network(), settings(SFTConfig, folder, max_steps=STEPS), processing_class=their_tokenizer(),
+                               train_dataset=Dataset.from_list([
+                                   {"input_ids": x["prompt"] + x["chosen"],
+                                    "completion_mask": [0] * PROMPT + [1] * RESPONSE} for x in encoded]))),
+        "reward model": (
+            lambda: train_rm.train(train_rm.Config(data=data, demonstrations=str(one), **common)),
+            lambda: RewardTrainer(network(GPT2ForSequenceClassification), settings(RewardConfig, folder, max_steps=STEPS),
+                                  processing_class=their_tokenizer(), train_dataset=Dataset.from_list([
+                                      {"chosen_ids": x["prompt"] + x["chosen"], "rejected_ids": x["prompt"] + x["rejected"]}
+                                      for x in encoded]))),
+        "DPO": (
+            lambda: train_dpo.train(train_dpo.Config(data=data, **common)),
+            lambda: DPOTrainer(network(), network(), settings(DPOConfig, folder, max_steps=STEPS),
+                               processing_class=their_tokenizer(), train_dataset=Dataset.from_list([
+                                   {"prompt": names(x["prompt"]) + " ", "chosen": names(x["chosen"]), "rejected": names(x["rejected"])}
+                                   for x in encoded]))),
+    }
+    for name, (ours, build) in stages.items():
+        def theirs():
+            trainer = build()
+            return quietly(trainer.train)
+        seconds = interleave({"ours": lambda: quietly(ours), "trl": theirs}, ROUNDS)
+        for title, bar in ((f"{name}, fp32 both", 1.8), (f"{name}, each at its best (fp32 here)", 1.6)):
+            emit(row(title, "TRL", seconds["ours"], seconds["trl"], BATCH * STEPS, "rows/s" if name == "SFT" else "pairs/s",
+                     bar, 3.0))
+
+
+def main_ppo() -> None:
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    folder = Path(tempfile.mkdtemp())
+    pairs, _, rows = written(folder, EPISODES * PPO_STEPS)
+    checkpoints(folder)
+    encoded = ids(rows)
+
+    def ours():
+        train_ppo.train(train_ppo.Config(
+            data=(str(pairs),), init=str(folder / "sft"), reward=str(folder / "rm"), out=str(folder / "ppo"), steps=PPO_STEPS,
+            batch_size=EPISODES, minibatches=1, inner_epochs=4, max_new_tokens=PPO_RESPONSE, ptx_coef=0.0, dtype="float32"))
+
+    def theirs():
+        config = settings(PPOConfig, folder, total_episodes=EPISODES * PPO_STEPS, num_ppo_epochs=4, num_mini_batches=1,
+                          response_length=PPO_RESPONSE, temperature=1.0, num_sample_generations=0,
+                          local_rollout_forward_batch_size=EPISODES)
+        config.per_device_train_batch_size = EPISODES
+        policy = network()
+        trainer = PPOTrainer(config, their_tokenizer(), policy, network(), network(GPT2ForSequenceClassification),
+                             Dataset.from_list([{"input_ids": x["prompt"]} for x in encoded]),
+                             network(GPT2ForSequenceClassification))
+        return quietly(trainer.train)
+
+    seconds = interleave({"ours": lambda: quietly(ours), "trl": theirs}, ROUNDS)
+    emit(row("PPO, 64 episodes of 64 + 32 tokens, 4 inner epochs, fp32 both", "TRL 1.12.0", seconds["ours"], seconds["trl"],
+             EPISODES * PPO_STEPS, "episodes/s", 2.0, 4.0))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ppo", action="store_true", help="PPO instead of the other three")
+    torch.manual_seed(0)
+    main_ppo() if parser.parse_args().ppo else main()

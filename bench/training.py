@@ -1,0 +1,62 @@
+"""One training step: forward, backward, AdamW, on full windows of text, against `transformers`.
+
+    python -m bench.training [--size "0.86 M"]
+"""
+import argparse
+
+import torch
+
+from bench.compare import SIZES, emit, interleave, matmul_rate, row, training_flops
+from bench.generation import ours, theirs
+from common import adamw
+from train_base import pretraining_loss
+
+SHAPE = {"0.86 M": (16, 256), "30 M": (8, 256), "124 M": (4, 256)}          # rows, tokens a row
+STEPS = {"0.86 M": 4, "30 M": 1, "124 M": 1}                                # a run
+ROUNDS = {"0.86 M": 9, "30 M": 5, "124 M": 5}
+BARS = {"0.86 M": (1.35, 1.6), "124 M": (1.25, 1.5)}
+
+
+def main(sizes: list[str]) -> None:
+    torch.manual_seed(0)
+    for size in sizes:
+        rows, length = SHAPE[size]
+        tokens = torch.randint(0, 500, (rows, length))
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, 0] = False
+        model, peer, compiled = ours(size).train(), theirs(size).train(), theirs(size).train()
+        compiled.compile()
+        optimizer = adamw(model, 1e-4)
+        peer_optimizer = torch.optim.AdamW(peer.parameters(), 1e-4, weight_decay=0.1)
+        fused = torch.optim.AdamW(compiled.parameters(), 1e-4, weight_decay=0.1, fused=True)
+
+        def step():
+            for _ in range(STEPS[size]):
+                logprobs, _ = model.logprobs(tokens, mask)
+                pretraining_loss(logprobs, mask).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        def peer_step(network=peer, its_optimizer=peer_optimizer):
+            for _ in range(STEPS[size]):
+                network(input_ids=tokens, labels=tokens).loss.backward()
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                its_optimizer.step()
+                its_optimizer.zero_grad(set_to_none=True)
+
+        seconds = interleave({"ours": step, "eager": peer_step, "compiled": lambda: peer_step(compiled, fused)}, ROUNDS[size])
+        work = rows * length * STEPS[size]
+        peak = matmul_rate()
+        share = training_flops(size, work, length) / sorted(seconds["ours"])[len(seconds["ours"]) // 2] / peak
+        note = f"{share:.0%} of this machine's {peak / 1e9:.0f} GFLOP/s in a matrix product"
+        emit(row(f"training step {size}, {rows} × {length}, fp32 both", "transformers, eager", seconds["ours"],
+                 seconds["eager"], work, "tokens/s", *BARS.get(size, (None, None)), note))
+        emit(row(f"training step {size}, each at its best (fp32 here)", "transformers, compiled, fused AdamW", seconds["ours"],
+                 seconds["compiled"], work, "tokens/s", 1.0, 1.3))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), action="append")
+    main(parser.parse_args().size or list(SIZES))
