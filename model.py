@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common import InputError, load_checkpoint, progress
 from data.tokenizer import Tokenizer, get_tokenizer
-from kernels import token_logprobs
+from kernels import gelu, linear, token_logprobs
 
 
 @dataclass(slots=True)
@@ -47,27 +47,35 @@ class KVCache:
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows (indices): fewer where some have finished, or one several times over."""
-        L, _, H, size, D = self.keys.shape
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(L, len(rows), H, size, D)
-            new[..., :self.length, :] = old[:, rows, :, :self.length]    # what is not written yet is not copied
-            setattr(self, name, new)
+        old = self.keys, self.values
+        if len(rows) > old[0].shape[1]:
+            self.keys, self.values = (x.new_empty(x.shape[0], len(rows), *x.shape[2:]) for x in old)
+            moved = torch.arange(len(rows), device=rows.device)
+        else:                                                            # in place: rows that stay are not copied
+            self.keys, self.values = (x[:, :len(rows)] for x in old)
+            moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for new, x in zip((self.keys, self.values), old):
+            new[:, moved, :, :self.length] = x[:, rows[moved], :, :self.length]
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)                                                        # (B, H, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)         # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)   # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -79,12 +87,12 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attention = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + F.dropout(self.attention(self.ln_1(x), mask, cache, self.layer), self.dropout, self.training)
-        mlp = self.down(F.gelu(self.up(self.ln_2(x)), approximate="tanh"))
+        mlp = self.down(gelu(self.up(self.ln_2(x))))
         return x + F.dropout(mlp, self.dropout, self.training)                                      # (B, T, C)
 
 
@@ -129,7 +137,7 @@ class GPT(nn.Module):
             else:
                 positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]          # (B, T)
         mask = None
-        if attention_mask is not None or start > 0:
+        if attention_mask is not None or (start > 0 and T > 1):         # one token alone sees all that came before
             order = torch.arange(start + T, device=tokens.device)
             mask = order <= order[start:, None]                                                     # (T, S) causal
             if attention_mask is not None:                # a padding query sees itself, or softmax would give NaN
@@ -147,15 +155,16 @@ class GPT(nn.Module):
         return F.linear(self.hidden(tokens, positions, attention_mask), self.wte.weight)
 
     def logprobs(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, positions: Tensor | None = None,
-                 attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                 attention_mask: Tensor | None = None, equal_weights: bool = False) -> tuple[Tensor, Tensor]:
         """log π(token t | tokens before t) and the entropy of π(· | tokens before t), where mask is 1; else exactly 0.
 
         tokens, mask (B, T), right-padded; returns two (B, T), aligned with tokens. Only masked-in places pay for the
-        output head. mask[:, 0] must be 0: nothing comes before the first token. positions, attention_mask: as `hidden`.
+        output head. mask[:, 0] must be 0: nothing comes before the first token. positions, attention_mask: as `hidden`;
+        equal_weights, for a loss that is a mean: as `token_logprobs`.
         """
         mask = mask.bool()
         states = before(self.hidden(tokens, positions, attention_mask))                             # (B, T, C)
-        chosen, entropies = token_logprobs(states[mask], self.wte.weight, tokens[mask], temperature)
+        chosen, entropies = token_logprobs(states[mask], self.wte.weight, tokens[mask], temperature, equal_weights)
         logprobs = chosen.new_zeros(tokens.shape).masked_scatter(mask, chosen)                      # (B, T)
         return logprobs, entropies.new_zeros(tokens.shape).masked_scatter(mask, entropies)
 
@@ -203,24 +212,27 @@ class GPT(nn.Module):
         cache = KVCache(self.config, len(distinct), size, self.wte.weight.to(dtype))
         try:
             # A prompt that is answered several times is read once; then its row is copied.
-            states = self.hidden(tokens, None, mask[:, :longest], cache)[:, -1][copies]             # (B, C)
+            padded = int(lengths.min()) < longest
+            states = self.hidden(tokens, None, mask[:, :longest] if padded else None, cache)[:, -1][copies]     # (B, C)
             cache.take(copies)
             lengths, mask = lengths[copies], mask[copies]
             for step in range(1, max_new_tokens + 1):
-                next_tokens = sample_token(F.linear(states, self.wte.weight), temperature, top_k, top_p, generator)
+                next_tokens = sample_token(linear(states, self.wte.weight), temperature, top_k, top_p, generator)
                 yield rows[running].tolist(), next_tokens[running].tolist()
                 if stop_token is not None:
                     running &= next_tokens != stop_token
                 if step == max_new_tokens or not running.any():
                     return
-                # Dropping finished rows copies the cache, so it waits until a quarter of the batch has finished.
-                if running.sum() <= 0.75 * len(rows):
-                    kept = running.nonzero()[:, 0]
+                count = int(running.sum())
+                if count <= 7 / 8 * len(rows):      # the last running rows take the places of those that have finished
+                    kept = torch.arange(count, device=device)
+                    kept[~running[:count]] = count + running[count:].nonzero()[:, 0]
                     rows, lengths, mask, next_tokens = rows[kept], lengths[kept], mask[kept], next_tokens[kept]
                     running = running[kept]
                     cache.take(kept)
                 positions = (lengths + step - 1)[:, None]                                           # (B, 1)
-                states = self.hidden(next_tokens[:, None], positions, mask[:, :longest + step], cache)[:, -1]
+                visible = mask[:, :longest + step] if padded else None
+                states = self.hidden(next_tokens[:, None], positions, visible, cache)[:, -1]
         finally:
             self.train(was_training)
 

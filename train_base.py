@@ -101,7 +101,7 @@ def train(config: Config) -> dict:
     for step in range(config.steps):
         tokens, mask = training.random_windows(config.batch_size, window, generator)
         with machine.autocast():
-            logprobs, _ = model.logprobs(tokens, mask)                                      # (B, T)
+            logprobs, _ = model.logprobs(tokens, mask, equal_weights=True)                  # (B, T)
             loss = pretraining_loss(logprobs, mask)
         loss.backward()
         lr = learning_rate(step, config.steps, config.lr, config.warmup)

@@ -378,7 +378,8 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                                            f"{shown['ratio_error']:.2g}; old log-probabilities are not the policy's")
                     if text:
                         tokens, mask = text.random_windows(config.ptx_windows, config.ptx_window, text_generator)
-                        shown["pretraining_loss"] = pretraining_loss(policy.logprobs(tokens, mask)[0], mask)
+                        logprobs, _ = policy.logprobs(tokens, mask, equal_weights=True)
+                        shown["pretraining_loss"] = pretraining_loss(logprobs, mask)
                         (config.ptx_coef * shown["pretraining_loss"]).backward()
                         log.tokens += tokens.numel()
                 for optimizer, peak in zip(optimizers, (config.lr, config.value_lr)):

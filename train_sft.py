@@ -105,7 +105,7 @@ def train(config: Config) -> dict:
         for start in range(0, len(batch), micro):
             tokens, mask, _ = pad_rows([rows[i] for i in batch[start:start + micro]], tokenizer.pad, machine.device)
             with machine.autocast():
-                logprobs, _ = model.logprobs(tokens, mask)                                  # (B, T)
+                logprobs, _ = model.logprobs(tokens, mask, equal_weights=True)              # (B, T)
                 loss = sft_loss(logprobs, mask) * (mask.sum() / targets)  # sums over micro-batches to one mean
             loss.backward()
             step_loss += loss.item()
@@ -114,7 +114,7 @@ def train(config: Config) -> dict:
         if text:
             tokens, mask = text.random_windows(config.ptx_windows, config.ptx_window, text_generator)
             with machine.autocast():
-                loss = pretraining_loss(model.logprobs(tokens, mask)[0], mask)
+                loss = pretraining_loss(model.logprobs(tokens, mask, equal_weights=True)[0], mask)
             loss.backward()
             numbers["pretraining_loss"] = loss.item()
             log.tokens += tokens.numel()

@@ -32,7 +32,7 @@ def main(sizes: list[str]) -> None:
 
         def step():
             for _ in range(STEPS[size]):
-                logprobs, _ = model.logprobs(tokens, mask)
+                logprobs, _ = model.logprobs(tokens, mask, equal_weights=True)
                 pretraining_loss(logprobs, mask).backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()

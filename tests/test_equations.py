@@ -188,7 +188,7 @@ def loop_value_loss(values, old_values, returns, mask, cliprange_value):
 # ----------------------------------------------------------------------------- the contract
 
 SIGNATURES = {
-    kernels: {"token_logprobs": "hidden weight targets temperature", "masked_mean": "x mask"},
+    kernels: {"token_logprobs": "hidden weight targets temperature equal_weights", "masked_mean": "x mask"},
     train_base: {"pretraining_loss": "logprobs mask"},
     train_sft: {"sft_loss": "logprobs mask"},
     train_rm: {"pairwise_loss": "chosen_rewards rejected_rewards margin", "ranking_loss": "rewards scores mask",
@@ -476,9 +476,64 @@ def test_no_more_than_the_stated_probabilities_wait_for_the_backward_pass():
     assert not held
 
 
+def test_a_likelihoods_gradients_equal_those_of_any_loss():
+    torch.manual_seed(12)
+    for shape, C, V, chunk in (((1,), 3, 5, 2 ** 20), ((13,), 7, 11, 33), ((5, 3), 4, 17, 40), ((0,), 3, 5, 64)):
+        targets = torch.randint(V, shape)
+        for temperature in (0.6, 1.0):
+            for scale in (1.0, -0.25):
+                hidden, weight, results = normal(*shape, C), normal(V, C), []
+                for function in (partial(kernels.token_logprobs, equal_weights=True), kernels.token_logprobs_reference):
+                    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+                    with mock.patch.multiple(kernels, CHUNK_ELEMENTS=chunk, CHUNK_ROWS=1):
+                        logprobs, entropy = function(h, w, targets, temperature)
+                        (scale * logprobs.sum()).backward()
+                    results.append((logprobs.detach(), entropy.detach(), h.grad, w.grad))
+                for out, expected in zip(*results):
+                    close(out, expected)
+
+
+def test_a_broken_promise_of_equal_weights_is_an_error():
+    hidden, weight = normal(3, 4).requires_grad_(), normal(6, 4).requires_grad_()
+    for loss in (lambda logprobs, entropy: logprobs[:2].sum(), lambda logprobs, entropy: (logprobs + entropy).sum()):
+        with pytest.raises(RuntimeError, match="equal_weights"):
+            loss(*kernels.token_logprobs(hidden, weight, torch.tensor([0, 1, 5]), equal_weights=True)).backward()
+    logprobs, _ = kernels.token_logprobs(hidden, weight, torch.tensor([0, 1, 5]), equal_weights=True)
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        logprobs.sum().backward()
+
+
 def test_targets_of_another_shape_than_the_states_are_refused():
     with pytest.raises(ValueError, match="targets"):
         kernels.token_logprobs(torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 4, dtype=torch.long))
+
+
+# ----------------------------------------------------------------------------- kernels.py: linear, gelu
+
+def test_gelu_is_the_tanh_form_forward_and_backward():
+    x = torch.tensor([-30., -3., -1., 0., 1., 3., 30.], dtype=torch.float64, requires_grad=True)
+    with mock.patch.object(kernels, "GELU_ELEMENTS", 0):
+        out = kernels.gelu(x)
+        assert torch.autograd.gradcheck(kernels.gelu, (x,), raise_exception=False)
+    close(out, vector(*(0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3))) for v in x.tolist())))
+    close(torch.autograd.grad(out.sum(), x)[0],
+          torch.autograd.grad(F.gelu(x, approximate="tanh").sum(), x)[0])
+    x = torch.randn(300, 400, dtype=torch.float32)              # more than GELU_ELEMENTS
+    assert_close(kernels.gelu(x), F.gelu(x, approximate="tanh"), rtol=1e-5, atol=1e-6)
+
+
+def test_linear_is_the_same_for_few_rows():
+    torch.manual_seed(13)
+    for shape in ((1, 4), (3, 1, 4), (32, 4), (33, 4)):
+        x, weight, bias = normal(*shape), normal(6, 4), normal(6)
+        with torch.no_grad():
+            for b in (bias, None):
+                out = kernels.linear(x, weight, b)
+                assert out.is_contiguous()
+                close(out, F.linear(x, weight, b))
+    x = normal(2, 4).requires_grad_()
+    assert kernels.linear(x, weight, bias).requires_grad
 
 
 # ----------------------------------------------------------------------------- SFT and pretraining
