@@ -1,5 +1,6 @@
 # make run     the whole line on Tinytown, about ten minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
 # make test    the tests, about one minute
+# make bench   the benchmark against transformers and TRL, about half an hour; installs them (2 GB), writes bench/RESULTS.md
 # make clean   remove what make built: the environment and out/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,12 +13,20 @@ run: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -q
 
+bench: .venv/bench
+	$(BIN)/python -m bench.run
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
+.venv/bench: .venv/ready requirements-dev.txt
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-deps --target .venv/trl-1.12 trl==1.12.0
+	touch $@
+
 clean:
 	rm -rf .venv out
 
-.PHONY: run test clean
+.PHONY: run test bench clean

@@ -9,9 +9,7 @@ TRL over `trainer.train()` alone, its data tokenized beforehand.
 import argparse
 import contextlib
 import io
-import json
 import os
-import random
 import tempfile
 import time
 from pathlib import Path
@@ -25,33 +23,10 @@ import train_ppo
 import train_rm
 import train_sft
 from bench.compare import emit, interleave, row
-from common import save_checkpoint
-from data.tokenizer import get_tokenizer
-from model import GPT, GPTConfig, RewardModel
+from bench.trainers_data import CONTEXT, HEADS, LAYERS, PROMPT, RESPONSE, TOKENIZER, WIDTH, checkpoints, written
 
-LAYERS = HEADS = 4
-WIDTH, CONTEXT = 128, 256
 BATCH, STEPS, ROUNDS = 16, 16, 5
-PROMPT = RESPONSE = 64                        # tokens, those of the chat template included
 EPISODES, PPO_STEPS, PPO_RESPONSE = 64, 3, 32
-TOKENIZER = get_tokenizer("tinytown")
-WORDS = [w for w in (TOKENIZER.decode([id]) for id in range(TOKENIZER.encoding.n_vocab - 6))
-         if w.startswith(" ") and w[1:].isalpha() and len(TOKENIZER.encode(w)) == 1]
-
-
-def text(draw: random.Random, tokens: int) -> str:
-    """Words that take exactly this many tokens."""
-    return "".join(draw.choice(WORDS) for _ in range(tokens))
-
-
-def written(folder: Path, count: int) -> tuple[Path, Path, list[dict]]:
-    """(file of pairs, file of one pair, the pairs)."""
-    draw = random.Random(0)
-    rows = [{"prompt": text(draw, PROMPT - 3), "chosen": text(draw, RESPONSE - 1), "rejected": text(draw, RESPONSE - 1)}
-            for _ in range(count)]
-    for name, part in (("pairs.jsonl", rows), ("one.jsonl", rows[:1])):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder / "pairs.jsonl", folder / "one.jsonl", rows
 
 
 def ids(rows: list[dict]) -> list[dict]:
@@ -63,13 +38,6 @@ def ids(rows: list[dict]) -> list[dict]:
         assert (len(prompt), len(chosen), len(rejected)) == (PROMPT, RESPONSE, RESPONSE)
         out.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return out
-
-
-def checkpoints(folder: Path) -> None:
-    """A random language model and reward model for our scripts to start from."""
-    gpt = GPT(GPTConfig(CONTEXT, TOKENIZER.vocab_size, LAYERS, HEADS, WIDTH))
-    save_checkpoint(folder / "sft", gpt, "language model", train_sft.Config(), tokenizer="tinytown")
-    save_checkpoint(folder / "rm", RewardModel(gpt), "reward model", train_rm.Config(), tokenizer="tinytown")
 
 
 def network(kind=GPT2LMHeadModel):
