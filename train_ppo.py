@@ -78,7 +78,7 @@ class Config:
 
 
 # Tinytown's β is over seven times InstructGPT's: learned from labels of which a quarter is flipped, rewards differ by tenths.
-PRESETS = {"tinytown": dict(steps=76, micro_batch=8, lr=3e-4, value_lr=5e-4, beta=0.15)}
+PRESETS = {"tinytown": dict(steps=64, micro_batch=8, lr=3e-4, value_lr=5e-4, beta=0.15)}
 
 
 # ----------------------------------------------------------------------------- equations
