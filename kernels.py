@@ -43,7 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     faster: 8 rows through GPT-2's head of 50,304 × 768 took 15 ms instead of 29, its other matrices four fifths of the time.
     """
     rows = x.numel() // x.shape[-1]
-    if rows > 32 or x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    low_precision = x.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu")
+    if rows > 32 or x.device.type != "cpu" or low_precision or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     y = torch.mm(weight, x.reshape(rows, -1).T).T.contiguous()                   # (rows, N)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], len(weight))
@@ -230,6 +231,7 @@ if triton:
               BLOCK_C: tl.constexpr):
         """Logits of tokens n (BLOCK_N,) × vocabulary entries v (BLOCK_V,), summed in fp32; −inf beyond V."""
         logits = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+        n, v = n.to(tl.int64), v.to(tl.int64)                             # places in memory may exceed 32 bits
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             h = tl.load(hidden + n[:, None] * C + c[None, :], mask=(n[:, None] < N) & (c[None, :] < C), other=0.0)

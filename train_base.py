@@ -46,7 +46,7 @@ class Config:
     dtype: str = "auto"            # auto, float32, bfloat16
 
 
-PRESETS = {"tinytown": dict(tokenizer="tinytown", block_size=96, window=64, n_layer=3, lr=3e-3, steps=1100,
+PRESETS = {"tinytown": dict(tokenizer="tinytown", block_size=96, window=64, n_layer=3, lr=3e-3, steps=1500,
                             batch_size=24, eval_every=300)}
 
 

@@ -25,8 +25,8 @@ import train_sft
 from bench.compare import emit, interleave, row
 from bench.trainers_data import CONTEXT, HEADS, LAYERS, PROMPT, RESPONSE, TOKENIZER, WIDTH, checkpoints, written
 
-BATCH, STEPS, ROUNDS = 16, 16, 5
-EPISODES, PPO_STEPS, PPO_RESPONSE = 64, 3, 32
+BATCH, STEPS, ROUNDS = 16, 32, 4
+EPISODES, PPO_STEPS, PPO_RESPONSE = 64, 4, 32
 
 
 def ids(rows: list[dict]) -> list[dict]:
