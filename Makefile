@@ -1,4 +1,4 @@
-# make run     the whole line on Tinytown, about seven minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
+# make run     the whole line on Tinytown, about eight minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
 # make test    the tests, about one minute
 # make bench   the benchmark against transformers and TRL, about twenty minutes; installs them (2 GB), writes bench/RESULTS.md
 # make clean   remove what make built: the environment and out/

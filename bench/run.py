@@ -43,7 +43,7 @@ def markdown(results: dict) -> str:
              f"{machine['matmul_gflops']} GFLOP/s. Python {machine['python']}, torch {machine['torch']}, transformers "
              f"{machine['transformers']}, TRL {machine['trl']}. Command: `make bench`, {results['date']}.", "",
              "Ratio: how many times faster than the peer, in turn in one process; median over the rounds [least … most]. "
-             "Random weights of one shape on both sides, dropout 0.", "",
+             "Random weights of one shape on both sides, dropout 0. Bar: the ratio aimed for before measuring.", "",
              "| piece | against | bar | ratio | ours | theirs | note |", "|---|---|---|---|---|---|---|"]
     for row in results["rows"]:
         spread = f" [{row['range'][0]:.2f} … {row['range'][1]:.2f}]" if row.get("range") else ""
