@@ -15,8 +15,6 @@ import torch.nn.functional as F
 
 import kernels
 import train_ppo
-import train_rm
-import train_sft
 from bench.trainers_data import checkpoints, written
 from common import adamw
 from model import GPT, GPTConfig
@@ -146,8 +144,6 @@ def training(rate: float) -> None:
             say(f"training step {name}, 8 × {CONTEXT}, bf16" + (", compiled" if compiled else ""), "",
                 f"{tokens.numel() / took:,.0f} tokens/s", f"{peak(step):,.0f} MiB",
                 f"{flops / took / rate:.0%} of a matrix product ({rate / 1e12:.0f} TFLOP/s)")
-            del model, optimizer
-            torch.cuda.empty_cache()
 
 
 def generation(rate: float) -> None:
