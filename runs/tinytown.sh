@@ -22,7 +22,7 @@ $PYTHON train_rm.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$
 # 3  Four runs that need only what is there now. Models so small leave a second core half idle, so two lanes run side by side
 #    on half of the cores each; the second one's progress is in $OUT/side.log.
 export OMP_NUM_THREADS=$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+set -m                                   # the second lane is a process group, so that Ctrl-C or a fault here ends all of it
 {
     # over-optimisation: RLHF without the KL penalty
     $PYTHON train_ppo.py $RL --ptx_coef 0 --beta 0 --out "$OUT/ppo_no_kl"
@@ -32,6 +32,8 @@ trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
         --val "$OUT/rank_val/rankings.jsonl" --out "$OUT/dpo"
 } 2> "$OUT/side.log" &
 side=$!
+set +m
+trap 'kill -- -$side 2> /dev/null || true' EXIT
 # RLHF; then the same without the pretraining mix
 $PYTHON train_ppo.py $RL --ptx_data "$OUT/data/base.txt" --out "$OUT/ppo"
 $PYTHON train_ppo.py $RL --ptx_coef 0 --out "$OUT/ppo_no_mix"
