@@ -87,8 +87,10 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
         logprobs, entropy = _TritonTokenLogprobs.apply(rows, head, wanted, temperature)
     else:
         gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        function = _LikelihoodLogprobs if equal_weights and gradients else _TokenLogprobs
-        logprobs, entropy = function.apply(rows, head, wanted, temperature, KEPT_ELEMENTS if gradients else 0)
+        if equal_weights and gradients:
+            logprobs, entropy = _LikelihoodLogprobs.apply(rows, head, wanted, temperature)
+        else:
+            logprobs, entropy = _TokenLogprobs.apply(rows, head, wanted, temperature, KEPT_ELEMENTS if gradients else 0)
     return logprobs.view(targets.shape), entropy.view(targets.shape)
 
 
@@ -154,7 +156,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 class _LikelihoodLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, room):
+    def forward(ctx, hidden, weight, targets, temperature):
         logprobs, entropy, log_z = _results(hidden)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=log_z.dtype)
         for rows in _chunks(len(hidden), len(weight)):
@@ -172,7 +174,7 @@ class _LikelihoodLogprobs(torch.autograd.Function):
             raise RuntimeError("token_logprobs(equal_weights=True) serves one backward pass of a loss that weighs all tokens "
                                "alike and entropies not at all; call it without equal_weights")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None
 
 
 def _results(hidden: Tensor) -> Tensor:
