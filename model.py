@@ -70,13 +70,15 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, at: Tensor | None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)                                                        # (B, H, S, D)
+        if at is not None:
+            q = q.take_along_dim(at[:, None, :, None], 2)                                           # (B, H, M, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)   # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -90,8 +92,11 @@ class Block(nn.Module):
         self.up = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.down = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + F.dropout(self.attention(self.ln_1(x), mask, cache, self.layer), self.dropout, self.training)
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, at: Tensor | None = None) -> Tensor:
+        """(B, T, C) → the same; or, with at (B, M), to the states of these columns only, (B, M, C), mask (B, 1, M, S)."""
+        y = self.attention(self.ln_1(x), mask, cache, self.layer, at)
+        x = x if at is None else x.take_along_dim(at[:, :, None], 1)
+        x = x + F.dropout(y, self.dropout, self.training)
         mlp = self.down(gelu(self.up(self.ln_2(x))))
         return x + F.dropout(mlp, self.dropout, self.training)                                      # (B, T, C)
 
@@ -118,8 +123,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None,
-               cache: KVCache | None = None) -> Tensor:
-        """States after the final LayerNorm, (B, T, C).
+               cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """States after the final LayerNorm, (B, T, C); or, with wanted (B, T) bool, only those where it is 1, (N, C).
 
         tokens (B, T). positions (B, T) default to 0, 1, 2, … over the real tokens of each row. attention_mask (B, S)
         over cached and new tokens, 1 = real; only left-padded rows need one: right padding comes after every real
@@ -144,8 +149,19 @@ class GPT(nn.Module):
                 visible = attention_mask.bool().view(B, 1, -1, start + T)                           # (B, 1, 1 or T, S)
                 mask = mask & visible | (order == order[start:, None])                              # (B, 1, T, S)
         x = self.wte(tokens) + self.wpe(positions)                                                  # (B, T, C)
-        for block in self.blocks:
+        *lower, top = self.blocks
+        for block in lower:
             x = block(x, mask, cache)
+        most = T if wanted is None else max(1, int(wanted.sum(1).max()))
+        if most > T // 2:
+            x = top(x, mask, cache)
+            x = x if wanted is None else x[wanted]
+        else:       # after the last block nothing reads the other columns: there they are only keys and values
+            at = wanted.long().argsort(dim=1, descending=True, stable=True)[:, :most]               # (B, M)
+            if mask is None:
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
+            mask = mask.expand(B, 1, T, start + T).take_along_dim(at[:, None, :, None], 2)          # (B, 1, M, S)
+            x = top(x, mask, cache, at)[wanted.take_along_dim(at, 1)]
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
@@ -159,12 +175,12 @@ class GPT(nn.Module):
         """log π(token t | tokens before t) and the entropy of π(· | tokens before t), where mask is 1; else exactly 0.
 
         tokens, mask (B, T), right-padded; returns two (B, T), aligned with tokens. Only masked-in places pay for the
-        output head. mask[:, 0] must be 0: nothing comes before the first token. positions, attention_mask: as `hidden`;
-        equal_weights, for a loss that is a mean: as `token_logprobs`.
+        output head. Raises ValueError where mask[:, 0] is 1: nothing comes before the first token. positions,
+        attention_mask: as `hidden`; equal_weights, for a loss that is a mean: as `token_logprobs`.
         """
         mask = mask.bool()
-        states = before(self.hidden(tokens, positions, attention_mask))                             # (B, T, C)
-        chosen, entropies = token_logprobs(states[mask], self.wte.weight, tokens[mask], temperature, equal_weights)
+        states = self.hidden(tokens, positions, attention_mask, wanted=before(mask))                # (N, C)
+        chosen, entropies = token_logprobs(states, self.wte.weight, tokens[mask], temperature, equal_weights)
         logprobs = chosen.new_zeros(tokens.shape).masked_scatter(mask, chosen)                      # (B, T)
         return logprobs, entropies.new_zeros(tokens.shape).masked_scatter(mask, entropies)
 
@@ -213,7 +229,8 @@ class GPT(nn.Module):
         try:
             # A prompt that is answered several times is read once; then its row is copied.
             padded = int(lengths.min()) < longest
-            states = self.hidden(tokens, None, mask[:, :longest] if padded else None, cache)[:, -1][copies]     # (B, C)
+            last = (torch.arange(longest, device=device) == longest - 1).expand(tokens.shape)
+            states = self.hidden(tokens, None, mask[:, :longest] if padded else None, cache, last)[copies]      # (B, C)
             cache.take(copies)
             lengths, mask = lengths[copies], mask[copies]
             for step in range(1, max_new_tokens + 1):
@@ -251,13 +268,12 @@ def generate_many(model: GPT, prompts: list[list[int]], max_new_tokens: int, *, 
     return responses
 
 
-def before(x: Tensor) -> Tensor:
-    """Shift right by one token: what stood after token t − 1 now stands at t, (B, T, ...); column 0 becomes 0.
+def before(mask: Tensor) -> Tensor:
+    """The places one token before those where mask is 1, (B, T) bool → the same. Column 0 of mask has none.
 
-    The only place where the project shifts. Predictions and values for token t are read from the state before it;
-    after this they are aligned with tokens and response_mask.
+    The only place where the project shifts: predictions and values for token t are read from the state before it.
     """
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+    return F.pad(mask[:, 1:], (0, 1))
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
@@ -298,13 +314,14 @@ class RewardModel(nn.Module):
         # The pairwise loss cannot see a constant, so it is set afterwards: demonstrations average 0.
         self.register_buffer("bias", torch.zeros(()))
 
-    def scalars(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
-        """The head after every token, (B, T); arguments as `GPT.hidden`."""
-        return self.head(self.gpt.hidden(tokens, positions, attention_mask))[..., 0].float() - self.bias
+    def scalars(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None,
+                wanted: Tensor | None = None) -> Tensor:
+        """The head after every token, (B, T), or where wanted is 1, (N,); arguments as `GPT.hidden`."""
+        return self.head(self.gpt.hidden(tokens, positions, attention_mask, wanted=wanted))[..., 0].float() - self.bias
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Scores (B,): the head on the last real token. tokens (B, T) right-padded, lengths (B,) without padding."""
-        return self.scalars(tokens).gather(1, (lengths - 1)[:, None])[:, 0]
+        return self.scalars(tokens, wanted=torch.arange(tokens.shape[1], device=tokens.device) == (lengths - 1)[:, None])
 
 
 def load_gpt(folder: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:

@@ -272,7 +272,8 @@ def rollout(policy: GPT, ref_policy: GPT, value_model: RewardModel, reward: Rewa
 
 def state_values(value_model: RewardModel, tokens: Tensor, mask: Tensor) -> Tensor:
     """V of the state before each response token, (B, T), 0 elsewhere: the same alignment as log-probabilities."""
-    return torch.where(mask, before(value_model.scalars(tokens)), 0.0)
+    values = value_model.scalars(tokens, wanted=before(mask))                               # (N,)
+    return values.new_zeros(tokens.shape).masked_scatter(mask, values)
 
 
 def evaluate(batch: Rollout, rewards: Tensor, returns: Tensor) -> dict[str, float]:

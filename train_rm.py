@@ -98,7 +98,7 @@ def ranking_accuracy(rewards: Tensor, scores: Tensor, mask: Tensor) -> tuple[flo
 
 def ranking_rewards(model: RewardModel, batch: RankingBatch) -> Tensor:
     """The reward of every response, read off its last token, (B, K); 0 where there is no response."""
-    return batch.at_ends(model.scalars(batch.tokens, batch.positions, batch.attention_mask))
+    return batch.grid(model.scalars(batch.tokens, batch.positions, batch.attention_mask, wanted=batch.ends))
 
 
 @torch.no_grad()

@@ -140,15 +140,15 @@ class RankingBatch:
     attention_mask: Tensor       # (R, T, T) bool; [r, t, s] is 1 where token t may see token s, if s ≤ t
     response_mask: Tensor        # (R, T) bool; 1 = response token, end token included
     cell: Tensor                 # (R, T) place in the flattened (B, K) grid of the response that a token belongs to
-    ends: Tensor                 # (B, K) place in the flattened (R, T) tokens of each response's last one
+    ends: Tensor                 # (R, T) bool; 1 = the last token of a response
     scores: Tensor               # (B, K) what the annotator said, higher = better; 0 where there is no response
     mask: Tensor                 # (B, K) bool, 1 = a response
     margin: Tensor               # (B, 1)
     untied: int                  # rankings that hold at least one pair
 
-    def at_ends(self, values: Tensor) -> Tensor:
-        """Values (R, T) at each response's last token, (B, K); 0 where there is no response."""
-        return torch.where(self.mask, values.flatten()[self.ends], 0.0)
+    def grid(self, values: Tensor) -> Tensor:
+        """One value a response (N,), in the order of their last tokens in the rows, as (B, K); 0 where there is none."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
     def sums(self, values: Tensor) -> Tensor:
         """Values (R, T) summed over the tokens of each response, (B, K); 0 where there is no response."""
@@ -159,24 +159,21 @@ class RankingBatch:
 def ranking_batch(rankings: list[Ranking], groups: list[Group], pad: int, device="cpu") -> RankingBatch:
     """Pack whole rankings into one batch, padded on the right."""
     shape = len(rankings), max(len(ranking.scores) for ranking in rankings)                 # B, K
-    scores, mask, ends = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.long)
-    rows = []                                       # of (id, position, part of the row, response token?, cell) a token
-    spots = []                                      # (ranking, response, row, column) of each last token
+    scores, mask = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    rows = []                                       # of (id, position, part of the row, response token?, cell, end?) a token
     for b, (prompt, responses) in enumerate(groups):
-        start = [(id, position, 0, False, 0) for position, id in enumerate(prompt[:-1])]
+        start = [(id, position, 0, False, 0, False) for position, id in enumerate(prompt[:-1])]
         for k, response in enumerate(responses):
             if k == 0 or len(rows[-1]) + 1 + len(response) > PACKED:
                 rows.append(list(start))
-            rows[-1] += [(id, len(prompt) - 1 + i, k + 1, i > 0, b * shape[1] + k) for i, id in enumerate([prompt[-1], *response])]
-            spots.append((b, k, len(rows) - 1, len(rows[-1]) - 1))
+            rows[-1] += [(id, len(prompt) - 1 + i, k + 1, i > 0, b * shape[1] + k, i == len(response))
+                         for i, id in enumerate([prompt[-1], *response])]
         scores[b, :len(responses)], mask[b, :len(responses)] = torch.tensor(rankings[b].scores), True
     width = max(map(len, rows))
-    grid = torch.tensor([row + [(pad, 0, -1, False, 0)] * (width - len(row)) for row in rows], device=device)   # (R, T, 5)
-    tokens, positions, part, response_mask, cell = grid.unbind(-1)                          # (R, T) each
-    for b, k, r, t in spots:
-        ends[b, k] = r * width + t
+    grid = torch.tensor([row + [(pad, 0, -1, False, 0, False)] * (width - len(row)) for row in rows], device=device)
+    tokens, positions, part, response_mask, cell, ends = grid.unbind(-1)                    # (R, T) each
     sees = (part[:, :, None] == part[:, None, :]) | (part == 0)[:, None, :]                 # (R, T, T)
-    return RankingBatch(tokens, positions, sees, response_mask.bool(), cell, ends.to(device), scores.to(device),
+    return RankingBatch(tokens, positions, sees, response_mask.bool(), cell, ends.bool(), scores.to(device),
                         mask.to(device), torch.tensor([[ranking.margin] for ranking in rankings], device=device),
                         sum(len(set(ranking.scores)) > 1 for ranking in rankings))
 

@@ -211,10 +211,8 @@ def the_batch(rankings=RANKINGS):
 
 def read(batch):
     """What the model reads when it stands at each response's last token: {(ranking, response): ids by position}."""
-    width = batch.tokens.shape[1]
     found = {}
-    for b, k in batch.mask.nonzero().tolist():
-        r, t = divmod(int(batch.ends[b, k]), width)
+    for (b, k), (r, t) in zip(batch.mask.nonzero().tolist(), batch.ends.nonzero().tolist(), strict=True):
         columns = [s for s in range(t + 1) if batch.attention_mask[r, t, s]]
         place = dict(zip(batch.positions[r, columns].tolist(), batch.tokens[r, columns].tolist()))
         # The prompt's last token stands in the row once for every response; each sees one of them.
@@ -255,7 +253,7 @@ def test_prompts_and_responses_are_computed_once():
 def test_sums_and_ends_of_responses():
     batch, groups = the_batch()
     sums = batch.sums(torch.where(batch.response_mask, batch.tokens.double(), math.nan))
-    ends = batch.at_ends(batch.tokens.double())
+    ends = batch.grid(torch.where(batch.response_mask, batch.tokens.double(), math.nan)[batch.ends])
     for b, (_, responses) in enumerate(groups):
         for k in range(5):
             assert sums[b, k] == (sum(responses[k]) if k < len(responses) else 0)

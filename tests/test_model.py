@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import model as model_module
 from common import InputError, save_checkpoint
-from model import GPT, GPTConfig, RewardModel, before, generate_many, load_gpt, load_reward_model, sample_token
+from model import GPT, GPTConfig, KVCache, RewardModel, before, generate_many, load_gpt, load_reward_model, sample_token
 
 V = 23                                                        # vocabulary of the small model
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [5, 3], [8, 9, 7, 9, 3], [2, 7, 1, 8, 2, 8], [11, 22, 0]]
@@ -428,12 +428,55 @@ def test_dropout_rises_linearly_over_the_layers(monkeypatch):
 
 # ----------------------------------------------------------------------------- logprobs and the one shift
 
-def test_before_shifts_by_one():
-    x = torch.arange(1.0, 7.0).view(2, 3)
-    assert before(x).tolist() == [[0, 1, 2], [0, 4, 5]]
-    deep = torch.randn(2, 5, 3)
-    assert torch.equal(before(deep)[:, 1:], deep[:, :-1]) and not before(deep)[:, 0].any()
-    assert before(x.long()).dtype == torch.long
+def test_before_is_one_place_earlier():
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    assert before(mask).tolist() == [[True, True, False, False], [False, True, True, False]]
+    assert before(mask).dtype == torch.bool
+    gpt = small()
+    with pytest.raises(ValueError, match="must match"):                     # nothing comes before the first token
+        gpt.logprobs(torch.tensor(PROMPTS[:1]), torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("situation", ["right padding", "left padding", "several texts in a row", "behind a cache"])
+@pytest.mark.parametrize("wanted", [[[4], [], [1, 5, 6], [7]], [[0], [0], [0], [0]], [[], [], [], []],
+                                    [[1, 2, 3, 4, 5, 6], [0, 7], [3], []]])
+def test_wanted_states_are_those_of_the_whole_pass(situation, wanted):
+    """With few of them the last block computes no others: same numbers, same gradients of every parameter."""
+    gpt = small(n_layer=3).double()
+    torch.manual_seed(5)
+    tokens = torch.randint(0, V, (4, 8))
+    at = torch.zeros(4, 8, dtype=torch.bool)
+    for row, columns in enumerate(wanted):
+        at[row, columns] = True
+    kwargs = {}
+    if situation == "left padding":
+        kwargs["attention_mask"] = torch.arange(8) >= torch.tensor([3, 0, 1, 2])[:, None]
+    elif situation == "several texts in a row":
+        part = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+        kwargs["attention_mask"] = ((part[:, None] == part) | (part == 0)).expand(4, 8, 8)
+        kwargs["positions"] = torch.tensor([0, 1, 2, 3, 4, 2, 3, 4]).expand(4, 8)
+
+    def states(**more):
+        cache = None
+        if situation == "behind a cache":
+            cache = KVCache(gpt.config, 4, 12, gpt.wte.weight)
+            with torch.no_grad():
+                gpt.hidden(tokens[:, :3], cache=cache)
+        found = gpt.hidden(tokens, **kwargs, cache=cache, **more)
+        assert cache is None or cache.length == 11
+        return found
+
+    def gradients(chosen):
+        gpt.zero_grad()
+        if situation != "behind a cache":                                   # written in place: for sampling only
+            (chosen * torch.linspace(-1, 1, chosen.numel(), dtype=torch.double).view_as(chosen)).sum().backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in gpt.parameters()]
+
+    few, all_ = states(wanted=at), states()[at]
+    assert few.shape == (int(at.sum()), 16)
+    close(few, all_, 1e-12)
+    for a, b in zip(gradients(few), gradients(all_)):
+        close(a, b, 1e-10)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

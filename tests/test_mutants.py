@@ -59,8 +59,12 @@ def temperature_on_log_probabilities(hidden, weight, targets, temperature=1.0):
     return logprobs / temperature, entropy
 
 
-def before_of_the_other_side(x):
-    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+def the_places_themselves(mask):
+    return mask.bool() & (torch.arange(mask.shape[1]) > 0)
+
+
+def places_after(mask):
+    return mask.bool().roll(1, 1)
 
 
 def mask_one_token_late(prompt, response):
@@ -221,22 +225,22 @@ MUTANTS = [
      equations.test_no_tensor_over_all_tokens_and_the_vocabulary_is_built),
 
     # model.py
-    (model, "before", "log-probabilities not shifted", lambda x: x,
+    (model, "before", "log-probabilities not shifted", the_places_themselves,
      equations.test_log_probabilities_are_read_before_the_token,
      one_row_for_all),
-    (model, "before", "shifted to the other side", before_of_the_other_side,
+    (model, "before", "shifted to the other side", places_after,
      equations.test_log_probabilities_are_read_before_the_token),
     (model.GPT, "logprobs", "temperature forgotten", Edit("tokens[mask], temperature, equal", "tokens[mask], 1.0, equal"),
      equations.test_log_probabilities_are_read_before_the_token),
     (model.RewardModel, "forward", "score read at the last column",
-     Edit(".gather(1, (lengths - 1)[:, None])[:, 0]", "[:, -1]"),
+     Edit("== (lengths - 1)[:, None]", "== tokens.shape[1] - 1 + 0 * lengths[:, None]"),
      equations.test_the_score_is_read_at_the_last_real_token),
     (model.RewardModel, "forward", "score read one token early",
      Edit("lengths - 1", "(lengths - 2).clamp(min=0)"),
      equations.test_the_score_is_read_at_the_last_real_token),
-    (train_ppo, "before", "V_t read after the token", lambda x: x,
+    (train_ppo, "before", "V_t read after the token", the_places_themselves,
      equations.test_values_are_read_before_the_token),
-    (train_ppo, "before", "V_t shifted to the other side", before_of_the_other_side,
+    (train_ppo, "before", "V_t shifted to the other side", places_after,
      equations.test_values_are_read_before_the_token),
 
     # data/tokenizer.py and data/batches.py
@@ -329,9 +333,9 @@ MUTANTS = [
      one_row_for_all, rewards_in_one_row),
     (batches, "ranking_batch", "responses lack the prompt's last token", Edit("[prompt[-1], *response]", "[0, *response]"),
      one_row_for_all, rewards_in_one_row),
-    (batches, "ranking_batch", "that token is scored too", Edit("i > 0", "i >= 0"), one_row_for_all),
-    (batches, "ranking_batch", "first response token left out of the mask", Edit("i > 0", "i > 1"), one_row_for_all),
-    (batches, "ranking_batch", "reward read one token early", Edit("len(rows[-1]) - 1))", "len(rows[-1]) - 2))"), rewards_in_one_row),
+    (batches, "ranking_batch", "that token is scored too", Edit("i > 0,", "len(rows[-1]) > 0,"), one_row_for_all),
+    (batches, "ranking_batch", "first response token left out of the mask", Edit("i > 0,", "i > 1,"), one_row_for_all),
+    (batches, "ranking_batch", "reward read one token early", Edit("i == len(response))", "i == len(response) - 1)"), rewards_in_one_row),
     (train_dpo, "ranking_dpo_loss", "chosen and rejected swapped",
      Edit("prompt, chosen, rejected = ", "prompt, rejected, chosen = "), equations.test_dpo_on_a_ranking_by_hand),
     (train_dpo, "ranking_dpo_loss", "prompts with many pairs weigh more",
