@@ -41,6 +41,7 @@ class Config:
     weight_decay: float = 0.1
     max_norm: float = 1.0          # gradient clipping
     eval_every: int = 100          # steps
+    compile: bool = False          # torch.compile: half a minute's wait, then faster steps for wide models (bench/RESULTS.md)
     seed: int = 1
     device: str = "auto"           # auto, cpu, cuda, …
     dtype: str = "auto"            # auto, float32, bfloat16
@@ -94,6 +95,8 @@ def train(config: Config) -> dict:
     val_windows = held_out.all_windows(window, most=256)
     model = GPT(GPTConfig(config.block_size, tokenizer.vocab_size, config.n_layer, config.n_head, config.n_embd,
                           config.dropout)).to(machine.device)
+    if config.compile:
+        model.hidden = torch.compile(model.hidden)          # the head's chunks stay as they are
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
     log = Log(config.out, config.steps, "base")
