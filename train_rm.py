@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import (Group, RankingBatch, Row, buckets, by_length, demonstration_rows, group_size, pad_rows, ranking_batch,
                           ranking_groups, ranking_splits, response_row)
 from data.readers import Ranking, read_demonstrations, read_rankings
-from model import RewardModel, load_gpt
+from model import RewardModel, load_gpt, save_model
 
 
 @dataclass(slots=True)
@@ -174,7 +174,7 @@ def train(config: Config) -> dict:
         if config.clean:
             clean = ranking_groups(read_rankings(config.clean), tokenizer, limit)
             final["accuracy_clean"] = evaluate(model, *clean, tokenizer.pad, machine.device)["accuracy"]
-    save_checkpoint(config.out, model, "reward model", config, tokenizer=tokenizer.name)
+    save_model(config.out, model, config, tokenizer)
     return log.close(**{name: round(value, 4) for name, value in final.items()})
 
 

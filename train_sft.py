@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, save_checkpoint, setup
+from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import Row, TextStream, buckets, demonstration_rows, pad_rows
 from data.readers import read_demonstrations, read_text
 from kernels import masked_mean
-from model import GPT, load_gpt
+from model import GPT, load_gpt, save_model
 from train_base import pretraining_loss
 
 
@@ -125,7 +125,7 @@ def train(config: Config) -> dict:
 
     with machine.autocast():
         val_loss = evaluate(model, val_rows, tokenizer.pad, machine.device)
-    save_checkpoint(config.out, model, "language model", config, tokenizer=tokenizer.name)
+    save_model(config.out, model, config, tokenizer)
     return log.close(val_loss=round(val_loss, 4))
 
 

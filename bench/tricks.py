@@ -12,7 +12,7 @@ import model as model_module
 from bench.compare import SIZES, emit, interleave, row
 from common import adamw
 from data import batches
-from data.batches import buckets, group_size, pad_rows, ranking_batch
+from data.batches import buckets, pad_rows, ranking_batch
 from data.readers import Ranking
 from kernels import gelu, linear
 from model import GPT, GPTConfig, KVCache, RewardModel, sample_token

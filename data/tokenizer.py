@@ -7,11 +7,16 @@ A conversation is rendered by one function, which emits token ids and response m
 
 Every text is encoded by itself, between special tokens, so no merge crosses a border: the ids of a whole conversation
 are the ids of its prompt followed by the ids of its response.
+
+Published models that were trained on ChatML (`data/published.py`) keep it:
+
+    <|im_start|>user⏎text<|im_end|>⏎ <|im_start|>assistant⏎text<|im_end|>⏎      mask 1: text<|im_end|> of the assistant
 """
 import base64
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
@@ -22,36 +27,51 @@ TINYTOWN_PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s"
 TINYTOWN_RANKS = Path(__file__).with_name("tinytown.tiktoken")
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 ROLES = ("system", "user", "assistant")
+OWN_VOCABULARIES = ("tinytown", "gpt2")
+
+
+class Vocabulary(NamedTuple):
+    """What a tiktoken encoding is made of, and the system message that its template puts first where there is none."""
+    ranks: dict[bytes, int]
+    pattern: str
+    specials: dict[str, int]
+    system: str = ""
+
+
+def own_vocabulary(name: str) -> Vocabulary:
+    """Tinytown's or GPT-2's, with the project's special tokens; InputError for another name."""
+    if name == "tinytown":
+        # Read here, not by tiktoken: that caches by path, and would miss that the file has been trained again.
+        lines = (line.split() for line in TINYTOWN_RANKS.read_text().splitlines())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        return Vocabulary(ranks, TINYTOWN_PATTERN, {token: len(ranks) + i for i, token in enumerate(SPECIALS)})
+    if name != "gpt2":
+        raise InputError(f"--tokenizer {name}: expected tinytown or gpt2")
+    try:
+        base = tiktoken.get_encoding("r50k_base")
+    except Exception as error:       # requests raises its own families of errors
+        raise InputError("GPT-2's vocabulary (r50k_base, 1.6 MB) is not on this machine and could not be fetched: "
+                         "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
+    return Vocabulary(base._mergeable_ranks, base._pat_str,
+                      base._special_tokens | {token: 50257 + i for i, token in enumerate(SPECIALS[1:])})
 
 
 class Tokenizer:
-    """A tiktoken encoding with the project's special tokens.
+    """A tiktoken encoding with special tokens and a chat template.
 
-    name: "tinytown" or "gpt2", as written into checkpoints. vocab_size: ids padded to a multiple of 64, so that the
-    output head has a convenient shape. pad, end, endoftext: special ids.
+    name: "tinytown" or "gpt2", or, with a vocabulary of its own, any. vocab_size: ids padded to a multiple of 64, so that
+    the output head has a convenient shape. pad, end, endoftext: special ids.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, vocabulary: Vocabulary | None = None):
         self.name = name
-        if name == "tinytown":
-            # Read here, not by tiktoken: that caches by path, and would miss that the file has been trained again.
-            lines = (line.split() for line in TINYTOWN_RANKS.read_text().splitlines())
-            ranks, pattern = {base64.b64decode(token): int(rank) for token, rank in lines}, TINYTOWN_PATTERN
-            specials = {token: len(ranks) + i for i, token in enumerate(SPECIALS)}
-        elif name == "gpt2":
-            try:
-                base = tiktoken.get_encoding("r50k_base")
-            except Exception as error:       # requests raises its own families of errors
-                raise InputError("GPT-2's vocabulary (r50k_base, 1.6 MB) is not on this machine and could not be fetched: "
-                                 "go online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
-            ranks, pattern = base._mergeable_ranks, base._pat_str
-            specials = base._special_tokens | {token: 50257 + i for i, token in enumerate(SPECIALS[1:])}
-        else:
-            raise InputError(f"--tokenizer {name}: expected tinytown or gpt2")
+        ranks, pattern, specials, self.system = vocabulary or own_vocabulary(name)
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self.vocab_size = -(-self.encoding.n_vocab // 64) * 64
-        self.endoftext, self.pad, self.end = (specials[token] for token in ("<|endoftext|>", "<|pad|>", "<|end|>"))
-        self.role_ids = {role: specials[f"<|{role}|>"] for role in ROLES}
+        self.chatml = "<|im_start|>" in specials
+        self.endoftext, self.pad = specials["<|endoftext|>"], specials["<|pad|>"]
+        self.end = specials["<|im_end|>" if self.chatml else "<|end|>"]
+        self.role_ids = {role: specials["<|im_start|>" if self.chatml else f"<|{role}|>"] for role in ROLES}
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. The names of special tokens inside it are encoded as ordinary characters."""
@@ -71,17 +91,26 @@ class Tokenizer:
         """(ids, response_mask) of a conversation; mask 1 = assistant's text and its end token, which are trained on."""
         ids: list[int] = []
         mask: list[bool] = []
+        if self.system and messages and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
         for message in messages:
             if message["role"] not in self.role_ids:
                 raise InputError(f"unknown role {message['role']!r}: expected one of {', '.join(ROLES)}")
-            text = [*self.encode(message["content"]), self.end]
-            ids += [self.role_ids[message["role"]], *text]
-            mask += [False] + [message["role"] == "assistant"] * len(text)
+            opening, text = self.opening(message["role"]), [*self.encode(message["content"]), self.end]
+            ids += [*opening, *text]
+            mask += [False] * len(opening) + [message["role"] == "assistant"] * len(text)
+            if self.chatml:
+                ids += self.encode("\n")
+                mask += [False] * (len(ids) - len(mask))
         return ids, mask
+
+    def opening(self, role: str) -> list[int]:
+        """What stands before a turn's text."""
+        return [self.role_ids[role], *(self.encode(f"{role}\n") if self.chatml else [])]
 
     def render_prompt(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation up to where the assistant's answer begins."""
-        return [*self.render(messages)[0], self.role_ids["assistant"]]
+        return [*self.render(messages)[0], *self.opening("assistant")]
 
     def response_text(self, ids: list[int]) -> tuple[str, bool]:
         """(text before the first end token, whether there is one)."""

@@ -64,7 +64,7 @@ def toy(monkeypatch, tmp_path):
     saved = []
     for script in (train_ppo, train_dpo):
         monkeypatch.setattr(script, "load_gpt", lambda folder: (toy_policy(), ToyTokenizer()))
-        monkeypatch.setattr(script, "save_checkpoint", lambda out, model, *_, **__: saved.append(model))
+        monkeypatch.setattr(script, "save_model", lambda out, model, *_: saved.append(model))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     return tmp_path, saved
 

