@@ -1,4 +1,4 @@
-r"""Read the layouts in which people already have their data, from `.json`, `.jsonl`, `.txt` or `.gz` of any.
+r"""Read the layouts in which people already have their data, from `.json`, `.jsonl`, `.txt`, `.gz` of any, or `.parquet`.
 
 The content decides, never the extension: gzip by its first bytes, a JSON list or one object per line by the
 text, the layout by the keys of each row. Keys that a layout does not name are ignored.
@@ -7,12 +7,17 @@ demonstrations  {"instruction", "input" (optional), "output"}           Alpaca
                 {"instruction", "instances": [{"input", "output"}]}     Self-Instruct: one row per instance
                 {"messages": [{"role", "content"}, …]}                  the assistant has the last word
                 {"prompt", "completion"} or {"prompt", "response"}      text or messages
+                {"instruction", "context", "response"}                  Dolly
+                {"conversations": [{"from", "value"}, …]}               ShareGPT; see `sharegpt`
 pairs           {"prompt", "chosen", "rejected", "margin" (optional)}   text or messages
                 {"instruction", "input" (optional), "chosen", "rejected"}
                 {"chosen", "rejected"}      whole dialogues: messages, or HH-RLHF transcripts with
                                             "\n\nHuman:" and "\n\nAssistant:" before the turns
+                {"instruction" and "input", or "input", "output_1", "output_2", "preference" or "label": 1 or 2}
+                                            AlpacaFarm, LLMBar
 rankings        {"prompt" or "instruction" (+ "input") or "messages", "responses"}      this project's own
-prompts         any of the above, or {"prompt"}, {"instruction"} or {"messages"} alone
+                {"instruction", "completions": [{"response", "overall_score"}, …]}      UltraFeedback
+prompts         any of the above, or {"prompt"}, {"instruction"} or {"messages"} alone, or {"turns"} (MT-Bench: the first)
 plain text      {"text"}, or text with a line that holds only <|endoftext|> between documents
 
 A ranking is one prompt with K >= 2 responses, scored (higher is better) or ranked (1 is best), with ties or
@@ -23,9 +28,11 @@ without. It is written in one of two ways:
 
 Pairs and rankings serve as demonstrations too: the chosen or best response answers the prompt.
 
+Several files are read one after the other. `FILE:0.7 OTHER:0.3` makes a mixture instead: see `mixed`.
+
 Every fault raises InputError in one line: file, line (JSON lines) or row (JSON list), field, remedy. In a
-field such as `responses[2].score`, [0] is the first. Only HH-RLHF transcripts are dropped, and counted: see
-`pair`.
+field such as `responses[2].score`, [0] is the first. Only HH-RLHF transcripts and ShareGPT dialogues are dropped,
+and counted: see `pair` and `sharegpt`.
 """
 import gzip
 import json
@@ -37,7 +44,7 @@ from pathlib import Path
 
 from common import InputError
 
-ROW_KEYS = {"messages", "prompt", "instruction", "chosen", "rejected", "responses", "text"}
+ROW_KEYS = {"messages", "prompt", "instruction", "chosen", "rejected", "responses", "text", "conversations", "output_1", "turns"}
 ACCEPTED = {
     "demonstration": "instruction + output, messages, prompt + completion or response, or a ranking",
     "ranking": "prompt or instruction with chosen + rejected or responses, or chosen + rejected as dialogues",
@@ -99,17 +106,96 @@ def read_text(*paths: str | Path) -> list[str]:
 
 def read_each(paths: tuple, convert) -> list:
     """`convert(row, where)` for each row of each file; rows it answers with None are dropped and counted."""
-    items = []
-    for path in paths:
+    files = []
+    names, weights = zip(*map(path_and_weight, paths))
+    for path in names:
         rows = read_rows(path)
-        kept = [item for item in (convert(row, where) for where, row in rows) if item is not None]
+        named = ((where, renamed(row, where)) for where, row in rows)
+        kept = [item for item in (convert(row, where) for where, row in named if row is not None) if item is not None]
         dropped = f"dropped {len(rows) - len(kept)} of {len(rows)} rows: identical or empty replies"
         if not kept:
             raise InputError(f"{path}: expected usable rows, found none ({dropped}); name another file")
         if len(kept) < len(rows):
             print(f"{Path(path).name}: {dropped}", file=sys.stderr)
-        items += kept
-    return items
+        files.append(kept)
+    if not any(weights):
+        return [item for items in files for item in items]
+    if not all(weights):
+        raise InputError(f"{names[weights.index(0)]}: the other files have a weight; give this one too, as {names[weights.index(0)]}:1")
+    return mixed(files, weights)
+
+
+def path_and_weight(path: str | Path) -> tuple[str | Path, float]:
+    """("a.json", 0.7) of "a.json:0.7"; weight 0 where none is given."""
+    found = None if Path(path).exists() else re.fullmatch(r"(.+):(\d*\.?\d+)", str(path))
+    if found and not float(found[2]) > 0:
+        raise InputError(f"{path}: expected a weight above 0, found {found[2]}; leave the file out or raise it")
+    return (found[1], float(found[2])) if found else (path, 0.0)
+
+
+def mixed(files: list[list], weights: tuple[float, ...]) -> list:
+    """As many rows as can be had in these proportions without repeating one; from each file evenly spaced."""
+    total = min(len(items) * sum(weights) / weight for items, weight in zip(files, weights))
+    counts = [max(1, round(total * weight / sum(weights))) for weight in weights]
+    return [items[i * len(items) // count] for items, count in zip(files, counts) for i in range(count)]
+
+
+# ----------------------------------------------------------------------------- other people's names
+
+def layout(row: dict) -> str:
+    """The published layout that a row's keys show, or "" for those that need no renaming."""
+    keys = row.keys()
+    return next((name for name, needed in (("Dolly", {"instruction", "context", "response"}), ("ShareGPT", {"conversations"}),
+                                           ("AlpacaFarm", {"output_1", "output_2", "preference"}),
+                                           ("LLMBar", {"output_1", "output_2", "label"}),
+                                           ("UltraFeedback", {"instruction", "completions"}), ("MT-Bench", {"turns"}))
+                 if needed <= keys), "")
+
+
+def renamed(row: dict, where: str) -> dict | None:
+    """A row of a published layout under this project's names; any other row as it is. None for a dialogue without a reply."""
+    name = layout(row)
+    if name == "Dolly":
+        return {"instruction": row["instruction"], "input": row["context"], "output": row["response"]}
+    if name == "ShareGPT":
+        turns = sharegpt(row["conversations"], where)
+        return {"messages": turns} if turns else None
+    if name in ("AlpacaFarm", "LLMBar"):
+        key = "preference" if name == "AlpacaFarm" else "label"
+        if row[key] not in (1, 2) or isinstance(row[key], bool):
+            raise wrong(where, key, "1 or 2, the better output", describe(row[key]), "correct it or remove the row")
+        better, worse = ("output_1", "output_2") if row[key] == 1 else ("output_2", "output_1")
+        question = {"instruction": row["instruction"], "input": row.get("input")} if "instruction" in row else {"prompt": row.get("input")}
+        return {**question, "chosen": row[better], "rejected": row[worse]}
+    if name == "UltraFeedback":
+        if not is_objects(row["completions"]):
+            raise wrong(where, "completions", "a list of objects", describe(row["completions"]), "write an object for each")
+        answers = [{"text": one.get("response"), "score": one.get("overall_score", one.get("score"))} for one in row["completions"]]
+        return {"instruction": row["instruction"], "responses": answers}
+    if name == "MT-Bench":
+        turns = row["turns"]
+        return {"prompt": turns[0] if isinstance(turns, list) and turns else turns}
+    return row
+
+
+def sharegpt(value, where: str) -> list[dict]:
+    """The messages of a ShareGPT dialogue, without assistant turns before the first human one and without human turns
+    after the last answer: people shared dialogues from the middle. [] where nothing is left."""
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "bard": "assistant",
+             "bing": "assistant", "system": "system"}
+    if not is_objects(value):
+        raise wrong(where, "conversations", 'a list of {"from", "value"}', describe(value), "write an entry per turn")
+    turns = []
+    for i, one in enumerate(value):
+        if one.get("from") not in roles:
+            raise wrong(where, f"conversations[{i}].from", "human, gpt or system", describe(one.get("from")), "rename it")
+        turns.append({"role": roles[one["from"]], "content": one.get("value")})
+    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
+    systems = [turn for turn in turns[:first] if turn["role"] == "system"]
+    turns = turns[first:]
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    return systems + turns if turns else []
 
 
 # ----------------------------------------------------------------------------- one row, by its keys
@@ -289,10 +375,11 @@ def transcript(value: str, field: str, where: str) -> list[dict]:
 # ----------------------------------------------------------------------------- files
 
 def read_content(path: str | Path) -> str:
-    """The text of a file, decompressed if it begins as gzip does, without a byte-order mark."""
+    """The text of a file, decompressed if it begins as gzip does, without a byte-order mark; parquet as JSON lines."""
     try:
         data = Path(path).read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        data = parquet_lines(path, data) if data[:4] == b"PAR1" else data
         return data.decode("utf-8-sig")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: expected a whole gzip file, found one that is cut short or damaged; "
@@ -304,6 +391,19 @@ def read_content(path: str | Path) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: expected UTF-8 text, found the byte "
                          f"0x{error.object[error.start]:02x}; save the file as UTF-8") from error
+
+
+def parquet_lines(path: str | Path, data: bytes) -> bytes:
+    """The rows of a parquet file as JSON lines; InputError without its reader, an optional extra."""
+    try:
+        from pyarrow import ArrowException, BufferReader, parquet
+    except ImportError as error:
+        raise InputError(f"{path}: a parquet file; pip install pyarrow reads it, or save it as .jsonl") from error
+    try:
+        rows = parquet.read_table(BufferReader(data)).to_pylist()
+    except ArrowException as error:
+        raise InputError(f"{path}: expected a whole parquet file, found one that is cut short or damaged; download it again") from error
+    return "\n".join(json.dumps(row, default=str) for row in rows).encode()
 
 
 def read_rows(path: str | Path) -> list[tuple[str, dict]]:

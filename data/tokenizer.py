@@ -15,6 +15,7 @@ Published models that were trained on ChatML (`data/published.py`) keep it:
 import base64
 import sys
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,10 +136,11 @@ def show(tokenizer: Tokenizer, tokens, mask, file=sys.stdout) -> None:
     on, off, dim = ("\033[32m", "\033[0m", "\033[2m") if file.isatty() else ("⟦", "⟧", "")
     for row, marks in zip(tokens, mask):
         line, open_mark = "", False
-        for id, mark in zip(row, marks):
+        # Decoded stretch by stretch, not token by token: a character may span several tokens.
+        for (mark, is_pad), stretch in groupby(zip(row, marks), key=lambda pair: (bool(pair[1]), pair[0] == tokenizer.pad)):
             if mark != open_mark:
                 line += on if mark else off
                 open_mark = mark
-            piece = tokenizer.decode([id])
-            line += f"{dim}{piece}{off}" if dim and id == tokenizer.pad else piece
+            text = tokenizer.decode([id for id, _ in stretch])
+            line += f"{dim}{text}{off}" if dim and is_pad else text
         print(line + (off if open_mark else ""), file=file)

@@ -4,13 +4,16 @@ import gzip
 import io
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from common import InputError
+from data import show as data_show
 from data.readers import (Ranking, demonstration, prompt, ranking, read_demonstrations, read_prompts,
                           read_rankings, read_text)
+from data.tokenizer import get_tokenizer
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data folder at {SHARED}")
@@ -548,9 +551,148 @@ def test_published_instances_and_text():
 @pytest.mark.parametrize("name, read, found", [
     ("instruction_data.json", read_rankings, "look like demonstrations"),
     ("user_oriented_instructions.jsonl", read_rankings, "look like demonstrations"),
-    ("mt_bench_questions.jsonl", read_prompts, "'question_id', 'category', 'turns'"),
-    ("llmbar/natural.json", read_demonstrations, "'input', 'output_1', 'output_2', 'label'"),
+    ("mt_bench_questions.jsonl", read_demonstrations, "look like prompts without answers"),
     ("tinyshakespeare.txt", read_demonstrations, "line 1: expected JSON"),
 ])
 def test_published_files_for_another_reader(name, read, found):
     assert found in complaint(read, SHARED / name)
+
+
+# ----------------------------------------------------------------------------- other people's layouts
+
+def test_dolly(tmp_path):
+    path = write(tmp_path, {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "category": "closed_qa"},
+                 {"instruction": "Why?", "context": "", "response": "Because.", "category": "open_qa"})
+    assert read_demonstrations(path) == [[user("Who?\n\nAda wrote it."), assistant("Ada.")], [user("Why?"), assistant("Because.")]]
+    assert read_prompts(path)[0] == [user("Who?\n\nAda wrote it.")]
+
+
+def shared_dialogue(*turns):
+    return {"id": "x", "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+
+def test_sharegpt(tmp_path, capsys):
+    path = write(tmp_path, shared_dialogue(("system", "Be kind."), ("human", "Hi"), ("gpt", "Ho"), ("human", "And?"), ("gpt", "No.")),
+                 shared_dialogue(("gpt", "from the middle"), ("human", "Hi"), ("chatgpt", "Ho"), ("human", "unanswered")),
+                 shared_dialogue(("gpt", "no question")), shared_dialogue(("human", "no answer")))
+    assert read_demonstrations(path) == [[system("Be kind."), user("Hi"), assistant("Ho"), user("And?"), assistant("No.")],
+                                         [user("Hi"), assistant("Ho")]]
+    assert "dropped 2 of 4 rows" in capsys.readouterr().err
+    assert read_prompts(path)[0] == [system("Be kind."), user("Hi"), assistant("Ho"), user("And?")]
+    for turns, said in (((("human", ""), ("gpt", "a")), "[0].content"), ((("human", "a"), ("robot", "b")), "conversations[1].from"),
+                        ((("human", "a"), ("human", "b"), ("gpt", "c")), "messages[1].role")):
+        assert said in complaint(read_demonstrations, write(tmp_path, shared_dialogue(*turns)))
+    assert "conversations" in complaint(read_demonstrations, write(tmp_path, {"conversations": "text"}))
+
+
+@pytest.mark.parametrize("key", ["preference", "label"])                   # AlpacaFarm, LLMBar
+def test_two_outputs_and_which_is_better(tmp_path, key):
+    rows = [{"instruction": "Say.", "input": "1", "output_1": "a", "output_2": "b", key: better} for better in (1, 2)]
+    rows += [{"input": "Ask.", "output_1": "a", "output_2": "b", key: 2}]
+    path = write(tmp_path, *rows)
+    assert read_rankings(path) == [Ranking([user("Say.\n\n1")], ["a", "b"], [1.0, 0.0]), Ranking([user("Say.\n\n1")], ["b", "a"], [1.0, 0.0]),
+                                   Ranking([user("Ask.")], ["b", "a"], [1.0, 0.0])]
+    assert read_demonstrations(path)[1] == [user("Say.\n\n1"), assistant("b")]
+    for wrong_value in (0, 3, "1", True, None):
+        assert f"field {key}" in complaint(read_rankings, write(tmp_path, rows[0] | {key: wrong_value}))
+
+
+def test_ultrafeedback(tmp_path):
+    answers = [{"model": "m", "response": "a", "overall_score": 7.5, "annotations": {}}, {"response": "b", "overall_score": 2.0}]
+    row = {"source": "s", "instruction": "Say.", "completions": answers}
+    assert read_rankings(write(tmp_path, row)) == [Ranking([user("Say.")], ["a", "b"], [7.5, 2.0])]
+    assert read_demonstrations(write(tmp_path, row)) == [[user("Say."), assistant("a")]]
+    assert "responses[1].score" in complaint(read_rankings, write(tmp_path, row | {"completions": [answers[0], {"response": "b"}]}))
+    assert "completions" in complaint(read_rankings, write(tmp_path, row | {"completions": "ab"}))
+    binarized = {"prompt": "Say.", "prompt_id": "0", "chosen": [user("Say."), assistant("a")], "rejected": [user("Say."), assistant("b")],
+                 "messages": [user("Say."), assistant("a")], "score_chosen": 8.0, "score_rejected": 6.5}
+    assert read_rankings(write(tmp_path, binarized)) == [Ranking([user("Say.")], ["a", "b"], [1.0, 0.0])]
+
+
+def test_mt_bench_gives_its_first_turn(tmp_path):
+    path = write(tmp_path, {"question_id": 81, "category": "writing", "turns": ["First.", "Second."]})
+    assert read_prompts(path) == [[user("First.")]]
+    assert "field prompt" in complaint(read_prompts, write(tmp_path, {"turns": []}))
+
+
+def test_parquet(tmp_path):
+    rows = [{"instruction": "Who?", "context": "", "response": "Ada.", "category": "qa"}] * 2
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow
+    import pyarrow.parquet
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert read_demonstrations(path) == [[user("Who?"), assistant("Ada.")]] * 2
+    path.write_bytes(path.read_bytes()[:60])
+    assert "damaged" in complaint(read_demonstrations, path)
+
+
+def test_parquet_without_its_reader(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1....PAR1")
+    assert "pip install pyarrow" in complaint(read_demonstrations, path)
+
+
+def test_mixtures(tmp_path):
+    a, b = (write(tmp_path, *({"instruction": f"{name}{i}", "output": "x"} for i in range(n)), name=f"{name}.jsonl")
+            for name, n in (("a", 10), ("b", 100)))
+
+    def questions(*files):
+        return [turns[0]["content"] for turns in read_demonstrations(*files)]
+
+    assert questions(a, b) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(100)]
+    half = questions(f"{a}:1", f"{b}:1")
+    assert half == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(0, 100, 10)]       # as many as can be had of both
+    most = questions(f"{a}:0.1", f"{b}:0.9")
+    assert sum(q[0] == "a" for q in most) == 10 and sum(q[0] == "b" for q in most) == 90 and len(set(most)) == 100
+    few = questions(f"{a}:0.7", f"{b}:0.3")
+    assert sum(q[0] == "a" for q in few) == 10 and sum(q[0] == "b" for q in few) == 4
+    assert questions(f"{a}:3") == questions(a)
+    with pytest.raises(InputError, match="give this one too"):
+        read_demonstrations(f"{a}:1", b)
+    with pytest.raises(InputError, match="above 0"):
+        read_demonstrations(f"{a}:0", f"{b}:1")
+    odd = tmp_path / "odd:1"                                                # a file's own name goes first
+    odd.write_text(json.dumps({"instruction": "Hi", "output": "x"}))
+    assert questions(odd) == ["Hi"]
+
+
+@shared
+def test_published_outputs_of_llmbar_are_rankings():
+    assert sum(len(read_rankings(path)) for path in (SHARED / "llmbar").glob("*.json")) == 419
+    assert len(read_prompts(SHARED / "mt_bench_questions.jsonl")) == 80
+
+
+# ----------------------------------------------------------------------------- data.show
+
+def shown(capsys, path, **changes):
+    data_show.train(data_show.Config(data=(str(path),), tokenizer="tinytown", **changes))
+    return capsys.readouterr().out
+
+
+def test_show_says_what_a_file_holds(tmp_path, capsys):
+    rows = [{"instruction": "a b", "context": "", "response": "c " * n, "category": "qa"} for n in (1, 2, 3, 40)]
+    path = write(tmp_path, *rows, {"instruction": "", "context": "", "response": "x", "category": "qa"})
+    out = shown(capsys, path, block_size=20, examples=1)
+    assert "5 rows, read as demonstrations (Dolly: 5)" in out
+    assert "1 broken" in out and f"{path}, line 5: field instruction" in out and "1 of 4 texts are over 20 tokens" in out
+    tokenizer = get_tokenizer("tinytown")
+    lengths = [len(tokenizer.encode("c " * n)) + 1 for n in (1, 2, 3, 40)]
+    response = next(line for line in out.splitlines() if line.strip().startswith("response")).split()
+    assert float(response[1]) == pytest.approx(sum(lengths) / 4, abs=0.05) and int(response[-1]) == max(lengths)
+    assert out.count("⟦") == 1 and "<|user|>a b<|end|><|assistant|>⟦c" in out
+
+
+def test_show_recognises_kinds(tmp_path, capsys):
+    pairs = write(tmp_path, {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1}, name="pairs.jsonl")
+    assert "read as rankings (AlpacaFarm: 1)" in shown(capsys, pairs)
+    ranks = write(tmp_path, {"prompt": "a", "responses": ["b", "c", "d"], "scores": [1, 1, 0]}, name="ranks.jsonl")
+    out = shown(capsys, ranks)
+    assert "this project's rankings" in out and "K: 3 (1); 1 with ties" in out and out.count("⟦") == 3
+    prompts = write(tmp_path, {"turns": ["a", "b"]}, name="prompts.jsonl")
+    assert "read as prompts (MT-Bench: 1)" in shown(capsys, prompts)
+    transcripts = write(tmp_path, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"}, name="hh.jsonl")
+    assert "1 dropped" in shown(capsys, transcripts)
+    with pytest.raises(InputError, match="name one or more"):
+        data_show.train(data_show.Config())
