@@ -33,7 +33,9 @@ def kind_of(rows: list[tuple[str, dict]]) -> str:
         for where, row in rows[:200]:
             try:
                 row = renamed(row, where)
-                count += row is None or convert(row, where) is not None
+                if row is not None:
+                    convert(row, where)
+                count += 1
             except InputError:
                 pass
         return count
