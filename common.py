@@ -70,6 +70,13 @@ def main(train, config_class: type, presets: dict[str, dict] | None = None) -> N
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        fields_ = config_class.__dataclass_fields__
+        remedies = [f"--{flag}" for flag in ("micro_batch 1", "max_tokens 256", "lora_rank 8") if flag.split()[0] in fields_]
+        sys.exit(f"error: out of memory ({(str(error) or 'of the host').splitlines()[0]}); try "
+                 f"{' or '.join(remedies) or 'a smaller --batch_size or model'}")
 
 
 # ----------------------------------------------------------------------------- device and numbers

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import RankingBatch, buckets, group_size, ranking_batch, ranking_splits
+from lora import add_lora, merge_lora
 from model import GPT, load_gpt, save_model
 from train_rm import better_pairs
 
@@ -41,6 +42,8 @@ class Config:
     warmup: int = 20               # steps (paper: 150)
     batch_size: int = 32           # pairs or rankings a step (paper: 64)
     micro_batch: int = 0           # pairs or rankings a forward pass; 0: all of the step's at once
+    max_tokens: int = 0            # longest row, prompt included; 0: the model's context
+    lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     weight_decay: float = 0.0
     max_norm: float = 1.0          # gradient clipping (paper: 10)
     seed: int = 1
@@ -121,7 +124,7 @@ def evaluate(model: GPT, batches: list[RankingBatch], references: list[Tensor], 
 def train(config: Config) -> dict:
     """Train on pairs or rankings and save the policy. Returns the final metrics on held-out ones."""
     check_range(config, beta=(1e-6, 100), label_smoothing=(0, 0.5), epochs=(1, 1000), lr=(0, 1), batch_size=(1, 10**6),
-                micro_batch=(0, 10**6))
+                micro_batch=(0, 10**6), max_tokens=(0, 10**7), lora_rank=(0, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of preference pairs or rankings")
     if not config.init:
@@ -131,7 +134,10 @@ def train(config: Config) -> dict:
     policy.to(machine.device).eval()
     draw = random.Random(config.seed)
 
-    (rankings, groups), val_split = ranking_splits(config.data, config.val, tokenizer, policy.config.block_size)
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank)
+    limit = min(config.max_tokens or policy.config.block_size, policy.config.block_size)
+    (rankings, groups), val_split = ranking_splits(config.data, config.val, tokenizer, limit)
 
     def batch_of(indices):
         return ranking_batch([rankings[i] for i in indices], [groups[i] for i in indices], tokenizer.pad, machine.device)
@@ -171,6 +177,7 @@ def train(config: Config) -> dict:
 
     with machine.autocast():
         final = evaluate(policy, val_batches, val_references, config.beta)
+    merge_lora(policy)
     save_model(config.out, policy, config, tokenizer)
     return log.close(**{name: round(value, 4) for name, value in final.items()})
 

@@ -34,6 +34,7 @@ from data.batches import TextStream, by_length, pad_rows, prompt_rows, response_
 from data.readers import read_prompts, read_text
 from data.tokenizer import Tokenizer
 from kernels import masked_mean
+from lora import Reference, add_lora, merge_lora
 from model import GPT, RewardModel, before, load_gpt, load_reward_model, save_model
 from train_base import pretraining_loss
 
@@ -70,6 +71,7 @@ class Config:
     lr: float = 1e-4               # policy; peak, cosine to a tenth
     value_lr: float = 3e-4         # value model
     warmup: int = 10               # optimiser steps (InstructGPT: 10 iterations)
+    lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     max_norm: float = 1.0          # gradient clipping
     sample_every: int = 20         # rollouts between printed samples
     seed: int = 1
@@ -329,7 +331,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                 micro_batch=(0, 10**6), inner_epochs=(1, 100), max_new_tokens=(1, 10**5), temperature=(0.01, 10),
                 beta=(0, 100), target_kl=(0, 10**4), gamma=(0, 1), lam=(0, 1), cliprange=(0, 10),
                 cliprange_value=(0, 10**6), ptx_coef=(0, 10**4), ptx_windows=(1, 10**6), ptx_window=(2, 10**6),
-                lr=(0, 1), value_lr=(0, 1))
+                lr=(0, 1), value_lr=(0, 1), lora_rank=(0, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
     if not config.init:
@@ -339,12 +341,15 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     machine = setup(config)
     policy, tokenizer = load_gpt(config.init)            # no dropout anywhere: the ratio would not start at 1
     policy.to(machine.device).eval()
-    ref_policy = copy.deepcopy(policy).requires_grad_(False)
     reward_model = None
     if reward is None:
         reward, reward_model = load_reward(config.reward, tokenizer.name, machine.device)
     value_model = copy.deepcopy(reward_model) if reward_model else RewardModel(copy.deepcopy(policy))
     value_model.to(machine.device).requires_grad_(True).eval()
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank)
+        add_lora(value_model.gpt, config.lora_rank)
+    ref_policy = Reference(policy) if config.lora_rank else copy.deepcopy(policy).requires_grad_(False)
     room = policy.config.block_size - config.max_new_tokens
     conversations, prompts = prompt_rows(read_prompts(*config.data), tokenizer, room)
     text = TextStream(read_text(*config.ptx_data), tokenizer, machine.device) if config.ptx_coef > 0 else None
@@ -399,6 +404,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
         history.append(numbers)
 
     rollouts.close()
+    merge_lora(policy)
     save_model(config.out, policy, config, tokenizer)
     tail = history[-max(1, len(history) // 10):]
     return log.close(**{name: round(sum(row[name] for row in tail) / len(tail), 4) for name in tail[0]})

@@ -25,6 +25,7 @@ from common import InputError, Log, adamw, check_range, learning_rate, main, opt
 from data.batches import (Group, RankingBatch, Row, buckets, by_length, demonstration_rows, group_size, pad_rows, ranking_batch,
                           ranking_groups, ranking_splits, response_row)
 from data.readers import Ranking, read_demonstrations, read_rankings
+from lora import add_lora, merge_lora
 from model import RewardModel, load_gpt, save_model
 
 
@@ -41,6 +42,8 @@ class Config:
     warmup: int = 20               # steps
     batch_size: int = 16           # rankings a step (InstructGPT: 64)
     micro_batch: int = 0           # rankings a forward pass; 0: all of the step's at once
+    max_tokens: int = 0            # longest row, prompt included; 0: the model's context
+    lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     weight_decay: float = 0.0
     max_norm: float = 1.0          # gradient clipping
     seed: int = 1
@@ -129,13 +132,16 @@ def set_bias(model: RewardModel, rows: list[Row], pad: int, device) -> None:
 
 def train(config: Config) -> dict:
     """Train on rankings and save. Returns the final metrics: accuracy and loss on held-out rankings, accuracy_clean."""
-    check_range(config, epochs=(1, 1000), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6))
+    check_range(config, epochs=(1, 1000), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6),
+                max_tokens=(0, 10**7), lora_rank=(0, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of rankings or preference pairs")
     machine = setup(config)
     gpt, tokenizer = load_gpt(config.init)
     model = RewardModel(gpt).to(machine.device)
-    limit = gpt.config.block_size
+    if config.lora_rank:
+        add_lora(gpt, config.lora_rank)
+    limit = min(config.max_tokens or gpt.config.block_size, gpt.config.block_size)
     (rankings, groups), val = ranking_splits(config.data, config.val, tokenizer, limit)
     draw = random.Random(config.seed)
     batches = [batch for _ in range(config.epochs)
@@ -174,6 +180,7 @@ def train(config: Config) -> dict:
         if config.clean:
             clean = ranking_groups(read_rankings(config.clean), tokenizer, limit)
             final["accuracy_clean"] = evaluate(model, *clean, tokenizer.pad, machine.device)["accuracy"]
+    merge_lora(model)
     save_model(config.out, model, config, tokenizer)
     return log.close(**{name: round(value, 4) for name, value in final.items()})
 

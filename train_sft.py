@@ -22,6 +22,7 @@ from common import InputError, Log, adamw, check_range, learning_rate, main, opt
 from data.batches import Row, TextStream, buckets, demonstration_rows, pad_rows
 from data.readers import read_demonstrations, read_text
 from kernels import masked_mean
+from lora import add_lora, merge_lora
 from model import GPT, load_gpt, save_model
 from train_base import pretraining_loss
 
@@ -41,6 +42,8 @@ class Config:
     warmup: int = 0                # steps (LIMA: none)
     batch_size: int = 32           # conversations a step (LIMA: 32, or 64 for smaller models)
     micro_batch: int = 0           # conversations a forward pass; 0: all of the step's at once
+    max_tokens: int = 0            # longest row, prompt included; 0: the model's context
+    lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     weight_decay: float = 0.1      # LIMA
     dropout: float = 0.0           # residual dropout of the last block, rising linearly from the first (LIMA: 0.3)
     max_norm: float = 1.0          # gradient clipping
@@ -79,15 +82,18 @@ def evaluate(model: GPT, rows: list[Row], pad: int, device, batch_size: int = 64
 def train(config: Config) -> dict:
     """Fine-tune and save. Returns the final metrics: val_loss (nats per response token), seconds, tokens_per_second."""
     check_range(config, epochs=(1, 10**4), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6), dropout=(0, 0.99),
-                ptx_windows=(1, 10**6), ptx_window=(2, 10**6))
+                ptx_windows=(1, 10**6), ptx_window=(2, 10**6), max_tokens=(0, 10**7), lora_rank=(0, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of demonstrations")
     machine = setup(config)
     model, tokenizer = load_gpt(config.init, config.dropout)
     model.to(machine.device).train()
-    rows = demonstration_rows(read_demonstrations(*config.data), tokenizer, model.config.block_size)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank)
+    limit = min(config.max_tokens or model.config.block_size, model.config.block_size)
+    rows = demonstration_rows(read_demonstrations(*config.data), tokenizer, limit)
     if config.val:
-        val_rows = demonstration_rows(read_demonstrations(config.val), tokenizer, model.config.block_size)
+        val_rows = demonstration_rows(read_demonstrations(config.val), tokenizer, limit)
     else:
         rows, val_rows = [row for i, row in enumerate(rows) if i % 20 or len(rows) == 1], rows[::20]
     text = TextStream(read_text(*config.ptx_data), tokenizer, machine.device) if config.ptx_data else None
@@ -125,6 +131,7 @@ def train(config: Config) -> dict:
 
     with machine.autocast():
         val_loss = evaluate(model, val_rows, tokenizer.pad, machine.device)
+    merge_lora(model)
     save_model(config.out, model, config, tokenizer)
     return log.close(val_loss=round(val_loss, 4))
 

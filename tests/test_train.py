@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import common
 import evaluate
 import train_base
 import train_dpo
@@ -301,3 +302,44 @@ def test_real_preferences_are_learned(shared_data, tmp_path, town):
     final = train_rm.train(train_rm.Config(data=(str(tmp_path / "pairs.json"),), init=str(town / "sft"), out=str(tmp_path / "rm"),
                                            val=str(tmp_path / "pairs.json"), epochs=6, batch_size=8, lr=2e-3))
     assert final["accuracy"] > 0.8
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")])
+def test_out_of_memory_is_one_line_with_advice(monkeypatch, fault):
+    def train(config):
+        raise fault
+
+    monkeypatch.setattr(sys, "argv", ["train_dpo.py"])
+    with pytest.raises(SystemExit) as caught:
+        common.main(train, train_dpo.Config)
+    assert "--micro_batch 1 or --max_tokens 256 or --lora_rank 8" in str(caught.value.code) and "\n" not in str(caught.value.code)
+    with pytest.raises(RuntimeError, match="something else"):
+        common.main(lambda config: (_ for _ in ()).throw(RuntimeError("something else")), train_dpo.Config)
+
+
+def test_adapters_in_every_stage(town, tmp_path):
+    """With lora_rank the blocks learn, everything else stays, and what is saved is a plain model again."""
+    start, rankings = load_checkpoint(town / "sft", "language model")[0], (str(town / "rank/rankings.jsonl"),)
+    shared = dict(lora_rank=2, lr=1e-2)
+    train_sft.train(train_sft.Config(data=(str(town / "data/sft.jsonl"),), init=str(town / "sft"), out=str(tmp_path / "sft"), epochs=1, **shared))
+    final = train_dpo.train(train_dpo.Config(data=rankings, init=str(town / "sft"), out=str(tmp_path / "dpo"), batch_size=4, **shared))
+    assert final["loss"] < math.log(2)
+    train_ppo.train(ppo_config(town, tmp_path / "ppo", **shared))
+    for stage in ("sft", "dpo", "ppo"):
+        state = load_checkpoint(tmp_path / stage, "language model")[0]
+        assert state.keys() == start.keys()
+        moved = {name for name in state if not torch.equal(state[name], start[name])}
+        assert moved == {name for name in state if name.endswith(("qkv.weight", "proj.weight", "up.weight", "down.weight"))}
+    train_rm.train(train_rm.Config(data=rankings, init=str(town / "sft"), out=str(tmp_path / "rm"), batch_size=4, **shared))
+    state = load_checkpoint(tmp_path / "rm", "reward model")[0]
+    assert torch.equal(state["gpt.wte.weight"], start["wte.weight"])
+    assert not torch.equal(state["gpt.blocks.0.up.weight"], start["blocks.0.up.weight"])
+
+
+def test_max_tokens_drops_or_cuts_long_rows(town, tmp_path, capsys):
+    config = dict(init=str(town / "sft"), batch_size=4, max_tokens=30)
+    train_dpo.train(train_dpo.Config(data=(str(town / "rank/rankings.jsonl"),), out=str(tmp_path / "dpo"), **config))
+    assert "longer than 30 tokens" in capsys.readouterr().err
+    train_sft.train(train_sft.Config(data=(str(town / "data/sft.jsonl"),), out=str(tmp_path / "sft"), epochs=1, **config))
+    assert "cut, longer than 30 tokens" in capsys.readouterr().err

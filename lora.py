@@ -1,0 +1,76 @@
+"""Low-rank adapters (LoRA): learn W + (α/r)·B·A with A (r, in), B (out, r) and W frozen, for large models on small machines.
+
+    add_lora(model, rank)         before the optimizer is made: freezes the model and adapts its blocks' matrices
+    with adapters_off(model):     the model as it was: DPO's and PPO's reference without a second copy
+    merge_lora(model)             before saving: plain weights again
+
+B starts at zero, so at first the adapted model is the model. AdamW then keeps its two moments for A and B alone.
+"""
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import GPT, Block
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank addition, (..., in) → (..., out)."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.linear, self.scale, self.on = linear, alpha / rank, True
+        out, width = linear.weight.shape
+        like = dict(dtype=linear.weight.dtype, device=linear.weight.device)
+        self.a = nn.Parameter(torch.randn(rank, width, **like) / math.sqrt(width))
+        self.b = nn.Parameter(torch.zeros(out, rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y + self.scale * F.linear(F.linear(x, self.a), self.b) if self.on else y
+
+
+def add_lora(model: GPT, rank: int, alpha: float = 0.0) -> None:
+    """Freeze the model and put an adapter on every matrix of its blocks. alpha 0: 2·rank, the usual choice."""
+    model.requires_grad_(False)
+    for block in model.modules():
+        if isinstance(block, Block):
+            for parent, name in ((block.attention, "qkv"), (block.attention, "proj"), (block, "up"), (block, "down")):
+                setattr(parent, name, Adapted(getattr(parent, name), rank, alpha or 2 * rank))
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module):
+    """Inside, the model computes what it did before `add_lora`."""
+    adapted = [module for module in model.modules() if isinstance(module, Adapted)]
+    for module in adapted:
+        module.on = False
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.on = True
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters to the weights and take them away: the same function, without them. Nothing without adapters."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, Adapted):
+                module.linear.weight += module.scale * module.b @ module.a
+                setattr(parent, name, module.linear)
+    model.requires_grad_(True)
+
+
+class Reference:
+    """The model without its adapters, as a reference for KL: log-probabilities only."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+
+    def logprobs(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        with adapters_off(self.model):
+            return self.model.logprobs(*args, **kwargs)
