@@ -76,7 +76,7 @@ def main(train, config_class: type, presets: dict[str, dict] | None = None) -> N
         fields_ = config_class.__dataclass_fields__
         remedies = [f"--{flag}" for flag in ("micro_batch 1", "max_tokens 256", "lora_rank 8") if flag.split()[0] in fields_]
         sys.exit(f"error: out of memory ({(str(error) or 'of the host').splitlines()[0]}); try "
-                 f"{' or '.join(remedies) or 'a smaller --batch_size or model'}")
+                 f"{' or '.join(remedies) or 'a smaller model'}")
 
 
 # ----------------------------------------------------------------------------- device and numbers

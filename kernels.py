@@ -18,9 +18,9 @@ try:                                                      # on the CPU Triton ru
 except ImportError:
     triton = None
 
-# Logits that token_logprobs forms at once: 4 MiB in fp32, but never fewer than 128 rows of them, because every chunk reads
-# the whole head.
-CHUNK_ELEMENTS, CHUNK_ROWS = 2 ** 20, 128
+# Logits that token_logprobs forms at once: 4 MiB in fp32, but never fewer than 256 rows of them, because every chunk reads
+# and updates the whole head.
+CHUNK_ELEMENTS, CHUNK_ROWS = 2 ** 20, 256
 GELU_ELEMENTS = 2 ** 16       # from here on the form by σ is faster
 # Probabilities that its forward pass keeps for the backward pass: 256 MiB in fp32. What goes beyond is formed again.
 KEPT_ELEMENTS = 2 ** 26

@@ -95,7 +95,7 @@ def rotation(positions: Tensor, config: GPTConfig) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i+D/2}) of queries or keys by their position's angles. The product of a query and a key then
     depends on how far apart they stand, not on where. (B, H, T, D) → the same."""
-    a, b = x.float().chunk(2, -1)
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
@@ -420,12 +420,14 @@ def load_gpt(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
 
 
 def is_published(source: str) -> bool:
-    """Whether weights.py reads `source`: anything but a folder that one of the training scripts wrote, or will write."""
+    """Whether weights.py reads `source`: a Hugging Face folder, a GGUF file, or else a name. What begins with out/, a dot or a
+    slash, or stands in a folder that is there, is never taken for a name."""
     path = Path(source)
     if path.is_dir():
         config = path / "config.json"
         return config.exists() and b'"model_type"' in config.read_bytes()
-    return path.is_file() or path.suffix == ".gguf" or not (path.is_absolute() or path.parts[0] in (".", "..", "out"))
+    named = "/" not in source or not (source.startswith((".", "/", "out/")) or path.parent.is_dir())
+    return path.is_file() or path.suffix == ".gguf" or named
 
 
 def load_reward_model(folder: str) -> tuple[RewardModel, Tokenizer]:
@@ -447,7 +449,10 @@ def _load(folder, kind, build):
         model = build(description["model"])
         model.load_state_dict(state)
         name = description["tokenizer"]
-        return model, get_tokenizer(name) if name in OWN_VOCABULARIES else read_tokenizer(Path(folder))
+        tokenizer = get_tokenizer(name) if name in OWN_VOCABULARIES else read_tokenizer(Path(folder))
+        if tokenizer is None or tokenizer.name != name:
+            raise InputError(f"{folder}/tokenizer.json: missing, or not the one that this model was trained with; train that stage again")
+        return model, tokenizer
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise

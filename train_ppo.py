@@ -188,7 +188,7 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer) -> Reward:
     def reward(conversations: list[list[dict]], responses: list[str]) -> list[float]:
         rows = []
         for messages, text in zip(conversations, responses):
-            ids, mask = tokenizer.render([*messages, {"role": "assistant", "content": text}])
+            ids, mask = response_row(tokenizer.render_prompt(messages), [*tokenizer.encode(text), tokenizer.end])
             rows.append((ids[:model.config.block_size], mask[:model.config.block_size]))
         scores = torch.zeros(len(rows))
         for part in by_length([len(ids) for ids, _ in rows], 32):

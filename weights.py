@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common import InputError, main, write_atomically
-from data.published import published, read_tokenizer, vocabulary, write_tokenizer
+from data.published import PATTERNS, make_tokenizer, read_tokenizer, vocabulary, write_tokenizer
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, RewardModel, load_gpt, load_reward_model
 
@@ -60,15 +60,15 @@ def to_ours(tensors: dict[str, Tensor], family: str, gpt: GPT) -> dict[str, Tens
     for ours, wanted in gpt.state_dict().items():
         parts = names[ours]
         missing += [part for part in parts if part not in tensors]
-        if not missing:
+        if all(part in tensors for part in parts):
             x = torch.cat([tensors.pop(part) for part in parts])
             state[ours] = (x.T if transposed(family, ours) else x).float().contiguous()
             if state[ours].shape != wanted.shape:
                 raise InputError(f"{parts[0]}: shape {tuple(x.shape)} does not fit its config.json; download the folder again")
     unknown = [name for name in tensors if not name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))]
     if missing or unknown:
-        raise InputError(f"weights: {len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}; this "
-                         f"is not a plain {family} language model")
+        raise InputError(f"weights: {len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}; either a "
+                         f"file of the folder is missing, or this is not a plain {family} language model")
     return state
 
 
@@ -120,8 +120,9 @@ def our_config(theirs: dict, where: str) -> tuple[str, GPTConfig]:
 def their_config(config: GPTConfig) -> tuple[str, dict]:
     """(family, config.json) of a GPTConfig; InputError for a mixture that no published family has."""
     llama = (bool(config.rope_theta), config.swiglu, config.rms_norm, not config.bias)
-    if any(llama) and not all(llama) and not (llama == (False, False, False, True)):
-        raise InputError("this model is neither GPT-2 (learned positions, GELU, LayerNorm) nor Llama (rotary positions, "
+    like_gpt2 = not any(llama[:3]) and config.n_kv_head in (0, config.n_head) and not config.qkv_bias
+    if not all(llama) and not like_gpt2:
+        raise InputError("this model is neither GPT-2 (learned positions, GELU, LayerNorm, as many key-value heads as others) nor Llama (rotary positions, "
                          "SwiGLU, RMSNorm, no biases): no published layout holds it")
     shared = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tied, "torch_dtype": "float32"}
     if not all(llama):
@@ -154,7 +155,10 @@ def find(source: str) -> Path:
         raise InputError(f"{source}: no such folder, and names on the hub need the package huggingface_hub: "
                          f"pip install huggingface_hub safetensors, or pass a folder") from error
     try:
-        return Path(snapshot_download(HUB.get(source, source), allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
+        folder = Path(snapshot_download(HUB.get(source, source), allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
+        if not list(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(HUB.get(source, source), allow_patterns=["*.json", "*.jinja", "pytorch_model*.bin"]))
+        return folder
     except Exception as error:              # network, name and permission errors are of a dozen classes
         raise InputError(f"{source}: no such folder, and the hub did not give it ({type(error).__name__}); check the name and the "
                          f"network, or pass a folder that holds config.json and model.safetensors") from error
@@ -194,24 +198,36 @@ def read_gguf(file: Path) -> tuple[dict, dict[str, Tensor], Tokenizer]:
         import gguf
     except ImportError as error:
         raise InputError(f"{file}: GGUF files need the package gguf: pip install gguf") from error
-    reader = gguf.GGUFReader(file)
+    try:
+        return gguf_content(gguf.GGUFReader(file), gguf.quants.dequantize, file)
+    except (KeyError, ValueError, IndexError, NotImplementedError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: not a GGUF file that can be read here ({type(error).__name__}: {error}); only plain Llamas with "
+                         f"GPT-2's or SmolLM2's tokenizer are").with_traceback(None) from error
+
+
+def gguf_content(reader, dequantize, file: Path) -> tuple[dict, dict[str, Tensor], Tokenizer]:
+    """As `read_gguf`, from an open reader."""
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields["general.architecture"] != "llama" or fields["tokenizer.ggml.model"] != "gpt2":
-        raise InputError(f"{file}: architecture {fields['general.architecture']}, tokenizer {fields['tokenizer.ggml.model']}: "
-                         f"only Llama with byte-level BPE is read from GGUF")
+    kind = fields["general.architecture"], fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]
+    if kind[:2] != ("llama", "gpt2") or kind[2] not in PATTERNS:
+        raise InputError(f"{file}: architecture {kind[0]}, tokenizer {kind[1]} {kind[2]}: only Llama with GPT-2's or SmolLM2's "
+                         f"tokenizer is read from GGUF; use the model's Hugging Face folder")
     of = lambda name: fields[f"llama.{name}"]                                                    # noqa: E731
     heads, kv, width = of("attention.head_count"), of("attention.head_count_kv"), of("embedding_length")
     config = {"model_type": "llama", "vocab_size": of("vocab_size"), "hidden_size": width, "num_attention_heads": heads,
               "num_key_value_heads": kv, "num_hidden_layers": of("block_count"), "intermediate_size": of("feed_forward_length"),
               "max_position_embeddings": of("context_length"), "rope_theta": of("rope.freq_base"),
-              "rms_norm_eps": of("attention.layer_norm_rms_epsilon")}
+              "rms_norm_eps": of("attention.layer_norm_rms_epsilon"),
+              "rope_scaling": {"rope_type": fields.get("llama.rope.scaling.type", "none").replace("none", "default")}}
     renamed = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
                "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
                "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
                "ffn_down": "mlp.down_proj"}
     tensors = {}
     for tensor in reader.tensors:
-        x = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        x = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         *block, part, kind = tensor.name.split(".")
         if part in ("attn_q", "attn_k"):    # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head
             n = heads if part == "attn_q" else kv
@@ -219,8 +235,9 @@ def read_gguf(file: Path) -> tuple[dict, dict[str, Tensor], Tokenizer]:
         tensors[".".join((["model.layers", block[1]] if block else []) + [renamed[part], kind])] = x
     config["tie_word_embeddings"] = "lm_head.weight" not in tensors
     tokens = fields["tokenizer.ggml.tokens"]
-    specials = {token: id for id, (token, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.token_type"])) if kind == 3}
-    tokenizer = published(vocabulary({token: id for id, token in enumerate(tokens)}, fields["tokenizer.ggml.merges"], fields["tokenizer.ggml.pre"],
+    specials = {token: id for id, (token, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.token_type"]))
+                if kind in (3, 4)}                # control tokens and those added later
+    tokenizer = make_tokenizer(vocabulary({token: id for id, token in enumerate(tokens)}, fields["tokenizer.ggml.merges"], fields["tokenizer.ggml.pre"],
                                      specials, fields.get("tokenizer.chat_template", ""), str(file)))
     return config, tensors, tokenizer
 
@@ -229,7 +246,8 @@ def load_pretrained(source: str, vocab_size: int = 0, chat: bool = False) -> tup
     """A published model; with `chat` also its tokenizer (a GPT-2 gets the project's "gpt2"; None where there is none).
 
     The vocabulary is padded to vocab_size, or, with `chat`, to the tokenizer's, special tokens included. New rows are the
-    mean of the others, so that a new token starts as an average one. Raises InputError in one line.
+    mean of the others, so that a new token starts as an average one, with a little noise: training that leaves the
+    embedding alone (LoRA) could never tell equal rows apart. Raises InputError in one line.
     """
     path = find(source)
     if path.is_file():
@@ -252,7 +270,8 @@ def load_pretrained(source: str, vocab_size: int = 0, chat: bool = False) -> tup
         config.vocab_size = vocab_size
         for name in {"wte.weight", "head.weight"} & state.keys():
             rows = state[name]
-            state[name] = torch.cat([rows, rows.mean(0, keepdim=True).expand(config.vocab_size - len(rows), -1)])
+            noise = torch.randn(vocab_size - len(rows), rows.shape[1], generator=torch.Generator().manual_seed(0))
+            state[name] = torch.cat([rows, rows.mean(0) + 0.1 * rows.std(0) * noise])
         with torch.device("meta"):
             gpt = GPT(config)
     gpt.load_state_dict(state, assign=True)
@@ -263,8 +282,9 @@ def load_pretrained(source: str, vocab_size: int = 0, chat: bool = False) -> tup
 
 def save_pretrained(model: GPT | RewardModel, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write what transformers' AutoModelForCausalLM (AutoModelForSequenceClassification for a reward model) and
-    AutoTokenizer load. The reward's bias moves into the last LayerNorm's, as their head has none; a Llama, whose RMSNorm
-    has none either, raises InputError unless its bias is 0.
+    AutoTokenizer load. The reward's bias moves into the last LayerNorm's, as their head has none. A Llama, whose RMSNorm
+    has none either, is written without it: its scores there are higher by `reward_offset` of config.json, which changes no
+    comparison.
     """
     folder, gpt = Path(folder), model.gpt if isinstance(model, RewardModel) else model
     family, config = their_config(gpt.config)
@@ -280,10 +300,10 @@ def save_pretrained(model: GPT | RewardModel, folder: str | Path, tokenizer: Tok
     if isinstance(model, RewardModel):
         state.pop("head.weight", None)
         w = model.head.weight.detach().float().cpu()                                         # (1, C)
-        if model.bias and "ln_f.bias" not in state:
-            raise InputError("a Llama reward model has no bias to move its offset into; its scores would differ by a constant")
         if "ln_f.bias" in state:
             state["ln_f.bias"] = state["ln_f.bias"] - float(model.bias) * w[0] / w.square().sum()
+        else:
+            config["reward_offset"] = float(model.bias)
         extra["score.weight"] = w
         config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     generation = {}

@@ -48,12 +48,15 @@ def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
 
 
 def demonstration_rows(conversations: list[list[dict]], tokenizer: Tokenizer, block_size: int) -> list[Row]:
-    """Render conversations for SFT. A row longer than block_size is cut there if a response token remains, else dropped;
-    both are counted on stderr. A cut row has lost its last end token, as it should: the text does not end there.
+    """Render conversations for SFT, up to the last response token. A row longer than block_size is cut there if a response
+    token remains, else dropped; both are counted on stderr. A cut row has lost its last end token, as it should: the text
+    does not end there.
     """
     rows, cut = [], 0
     for messages in conversations:
         tokens, mask = tokenizer.render(messages)
+        length = len(mask) - mask[::-1].index(True)
+        tokens, mask = tokens[:length], mask[:length]
         if any(mask[:block_size]):
             cut += len(tokens) > block_size
             rows.append((tokens[:block_size], mask[:block_size]))
@@ -123,7 +126,8 @@ def report(total: int, dropped: int, cut: int, limit: int) -> None:
     if dropped or cut:
         print(f"{total} rows: {dropped} dropped and {cut} cut, longer than {limit} tokens", file=sys.stderr)
     if total and dropped == total:
-        raise InputError(f"no row fits: all {total} exceed {limit} tokens; use a model with a larger block_size")
+        raise InputError(f"no row fits: all {total} exceed {limit} tokens; raise --max_tokens if it was set, or use "
+                         f"a model with a larger block_size")
 
 
 @dataclass(frozen=True, slots=True)

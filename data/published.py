@@ -5,6 +5,7 @@ tokens are numbered in the order of their merges, as GPT-2's, Llama 3's, Qwen's 
 """
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from common import InputError, write_atomically
@@ -13,6 +14,7 @@ from data.tokenizer import SPECIALS, Tokenizer, Vocabulary
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2: every digit alone, split off before GPT-2's pattern sees the text, so that spaces before a digit stay together.
 SMOLLM = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+SYSTEM_FIELD = "default_system_message"       # of tokenizer_config.json: what the chat template would have to be parsed for
 PATTERNS = {"smollm": SMOLLM, "gpt-2": GPT2, "gpt2": GPT2}
 
 # GPT-2 writes bytes as printable characters: those that are printable as themselves, the rest from U+0100 on.
@@ -34,7 +36,7 @@ def vocabulary(tokens: dict[str, int], merges: list, pattern: str, specials: dic
     ranks = {bytes(BYTE[c] for c in token): id for token, id in tokens.items() if token not in specials and all(c in BYTE for c in token)}
     joined = ["".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     order = [tokens.get(token, -1) for token in joined]
-    if any(a >= b for a, b in zip(order, order[1:])):
+    if any(a > b for a, b in zip(order, order[1:])):      # equal: a token that can be joined in several ways
         raise InputError(f"{where}: its tokens are not numbered in the order of its merges, which tiktoken needs; use --init with "
                          f"another model")
     following = max(tokens.values()) + 1
@@ -52,10 +54,9 @@ def vocabulary(tokens: dict[str, int], merges: list, pattern: str, specials: dic
 
 
 def default_system(template: str) -> str:
-    """The system message that a ChatML template puts before a conversation without one, or ""."""
-    _, _, rest = template.replace("\\n", "\n").partition("<|im_start|>system\n")
-    system, _, _ = rest.partition("<|im_end|>")
-    return system if "role'] != 'system'" in template and "{" not in system and "' +" not in system else ""
+    """The system message that a ChatML template puts before a conversation without one (the only one it spells out), or ""."""
+    found = re.findall(r"<\|im_start\|>system\n([^{}'\"]+)<\|im_end\|>", template.replace("\\n", "\n"))
+    return found[0] if found else ""
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -65,20 +66,24 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     """
     path = folder / "tokenizer.json"
     if not path.exists():
-        is_gpt2 = json.loads((folder / "config.json").read_text()).get("model_type") == "gpt2"
+        config = json.loads((folder / "config.json").read_text())
+        is_gpt2 = config.get("model_type") == "gpt2" and 50257 <= config.get("vocab_size", 0) <= 50304
         return Tokenizer("gpt2") if is_gpt2 else None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         model, specials = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
-        if model["type"] != "BPE" or model.get("byte_fallback") or (content.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
-            raise InputError(f"{path}: {model['type']} tokenizer: expected byte-level BPE, as GPT-2, Llama 3, Qwen2 and SmolLM2 "
-                             f"have; the weights load without it through GPT.from_pretrained")
+        kind = model.get("type", "BPE" if "merges" in model else "unknown")              # GPT-2's own file is from before types
+        normalizer = (content.get("normalizer") or {}).get("type")
+        if kind != "BPE" or model.get("byte_fallback") or normalizer not in (None, "NFC"):
+            raise InputError(f"{path}: {kind} tokenizer, normalizer {normalizer}: expected byte-level BPE, as GPT-2, Llama 3, Qwen2 "
+                             f"and SmolLM2 have; the weights load without it through GPT.from_pretrained")
         pattern = split_pattern(content["pre_tokenizer"], path)
-        config, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else ""
-        template = jinja.read_text(encoding="utf-8") if jinja.exists() else template
-        return published(vocabulary({**model["vocab"], **specials}, model["merges"], pattern, specials,
-                                    template if isinstance(template, str) else "", str(path)))
+        beside, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        template = jinja.read_text(encoding="utf-8") if jinja.exists() else config.get("chat_template")
+        words = vocabulary({**model["vocab"], **specials}, model["merges"], pattern, specials,
+                           template if isinstance(template, str) else "", str(path))
+        return make_tokenizer(words._replace(system=config.get(SYSTEM_FIELD, words.system), nfc=normalizer == "NFC"))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -100,9 +105,9 @@ def split_pattern(pre: dict, path: Path) -> str:
                      f"or SmolLM2's")
 
 
-def published(words: Vocabulary) -> Tokenizer:
+def make_tokenizer(words: Vocabulary) -> Tokenizer:
     """A tokenizer whose name is made from its content, so that two checkpoints can tell whether they share it."""
-    content = repr((sorted(words.ranks.items()), words.pattern, sorted(words.specials.items())))
+    content = repr((sorted(words.ranks.items()), words.pattern, sorted(words.specials.items()), words.system, words.nfc))
     return Tokenizer(f"bpe-{hashlib.sha256(content.encode()).hexdigest()[:12]}", words)
 
 
@@ -114,7 +119,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, block_size: int) -> None
     files = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": block_size,
         "bos_token": name(tokenizer.endoftext), "eos_token": name(tokenizer.end), "pad_token": name(tokenizer.pad),
-        "chat_template": chat_template(tokenizer)}}
+        "chat_template": chat_template(tokenizer), SYSTEM_FIELD: tokenizer.system}}
     for file, content in files.items():
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / file, lambda path: path.write_text(text, encoding="utf-8"))    # noqa: B023
@@ -124,10 +129,11 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """The content of tokenizer.json for a tokenizer of ours: same ids for any text."""
     ranks, specials = tokenizer.encoding._mergeable_ranks, tokenizer.encoding._special_tokens
     write = lambda token: "".join(CHARACTER[byte] for byte in token)                             # noqa: E731
-    merges = [list(map(write, parts(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    pairs = [list(map(write, parts(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    merges = [pair for pair in pairs if len(pair) == 2]      # a token that no merge makes is only found whole
     # Oniguruma's $ also matches before a line end, tiktoken's only at the end of the text.
     pattern = tokenizer.encoding._pat_str.replace("$", r"\z")
-    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"} if tokenizer.nfc else None, "post_processor": None,
             "added_tokens": [{"id": id, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
                               "normalized": False, "special": True} for name, id in sorted(specials.items(), key=lambda x: x[1])],
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
@@ -135,7 +141,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
             "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": len(merges) < len(pairs),
                       # Special tokens too: the library numbers those that the vocabulary lacks anew, behind it.
                       "vocab": {write(token): id for token, id in ranks.items()} | specials, "merges": merges}}
 

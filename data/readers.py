@@ -28,7 +28,7 @@ without. It is written in one of two ways:
 
 Pairs and rankings serve as demonstrations too: the chosen or best response answers the prompt.
 
-Several files are read one after the other. `FILE:0.7 OTHER:0.3` makes a mixture instead: see `mixed`.
+Several files are read one after the other. `FILE:0.7 OTHER:0.3` makes a mixture instead (not of plain text): see `mixed`.
 
 Every fault raises InputError in one line: file, line (JSON lines) or row (JSON list), field, remedy. In a
 field such as `responses[2].score`, [0] is the first. Only HH-RLHF transcripts and ShareGPT dialogues are dropped,
@@ -149,7 +149,7 @@ def layout(row: dict) -> str:
                                            ("AlpacaFarm", {"output_1", "output_2", "preference"}),
                                            ("LLMBar", {"output_1", "output_2", "label"}),
                                            ("UltraFeedback", {"instruction", "completions"}), ("MT-Bench", {"turns"}))
-                 if needed <= keys), "")
+                 if needed <= keys and not (name == "MT-Bench" and keys & {"messages", "prompt", "instruction"})), "")
 
 
 def renamed(row: dict, where: str) -> dict | None:
@@ -180,16 +180,22 @@ def renamed(row: dict, where: str) -> dict | None:
 
 def sharegpt(value, where: str) -> list[dict]:
     """The messages of a ShareGPT dialogue, without assistant turns before the first human one and without human turns
-    after the last answer: people shared dialogues from the middle. [] where nothing is left."""
+    after the last answer: people shared dialogues from the middle. Two turns of one speaker become one of two paragraphs.
+    [] where nothing is left, or where a turn is empty, as nobody at the keyboard can mend that."""
     roles = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "bard": "assistant",
              "bing": "assistant", "system": "system"}
     if not is_objects(value):
         raise wrong(where, "conversations", 'a list of {"from", "value"}', describe(value), "write an entry per turn")
     turns = []
     for i, one in enumerate(value):
-        if one.get("from") not in roles:
+        if not isinstance(one.get("from"), str) or one["from"] not in roles:
             raise wrong(where, f"conversations[{i}].from", "human, gpt or system", describe(one.get("from")), "rename it")
-        turns.append({"role": roles[one["from"]], "content": one.get("value")})
+        if one.get("value") is None or not str(one["value"]).strip():
+            return []
+        turn = {"role": roles[one["from"]], "content": one["value"]}
+        if turns and turns[-1]["role"] == turn["role"] and isinstance(turn["content"], str):
+            turn["content"] = f"{turns.pop()['content']}\n\n{turn['content']}"
+        turns.append(turn)
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
     systems = [turn for turn in turns[:first] if turn["role"] == "system"]
     turns = turns[first:]
@@ -396,12 +402,12 @@ def read_content(path: str | Path) -> str:
 def parquet_lines(path: str | Path, data: bytes) -> bytes:
     """The rows of a parquet file as JSON lines; InputError without its reader, an optional extra."""
     try:
-        from pyarrow import ArrowException, BufferReader, parquet
+        from pyarrow import ArrowException, BufferReader, parquet          # ArrowIOError is an OSError
     except ImportError as error:
         raise InputError(f"{path}: a parquet file; pip install pyarrow reads it, or save it as .jsonl") from error
     try:
         rows = parquet.read_table(BufferReader(data)).to_pylist()
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise InputError(f"{path}: expected a whole parquet file, found one that is cut short or damaged; download it again") from error
     return "\n".join(json.dumps(row, default=str) for row in rows).encode()
 

@@ -27,7 +27,7 @@ class Config:
 
 
 def kind_of(rows: list[tuple[str, dict]]) -> str:
-    """What the rows can be read as, by the reader that understands most of them; prompts if all do alike."""
+    """What the rows can be read as, by the reader that understands most of them; of equals the first in KINDS."""
     def understood(convert):
         count = 0
         for where, row in rows[:200]:

@@ -14,6 +14,7 @@ Published models that were trained on ChatML (`data/published.py`) keep it:
 """
 import base64
 import sys
+import unicodedata
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -32,11 +33,13 @@ OWN_VOCABULARIES = ("tinytown", "gpt2")
 
 
 class Vocabulary(NamedTuple):
-    """What a tiktoken encoding is made of, and the system message that its template puts first where there is none."""
+    """What a tiktoken encoding is made of; the system message that its template puts first where there is none; whether
+    text is brought into Unicode's composed form (NFC) before, as Qwen2's is."""
     ranks: dict[bytes, int]
     pattern: str
     specials: dict[str, int]
     system: str = ""
+    nfc: bool = False
 
 
 def own_vocabulary(name: str) -> Vocabulary:
@@ -66,7 +69,7 @@ class Tokenizer:
 
     def __init__(self, name: str, vocabulary: Vocabulary | None = None):
         self.name = name
-        ranks, pattern, specials, self.system = vocabulary or own_vocabulary(name)
+        ranks, pattern, specials, self.system, self.nfc = vocabulary or own_vocabulary(name)
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self.vocab_size = -(-self.encoding.n_vocab // 64) * 64
         self.chatml = "<|im_start|>" in specials
@@ -76,7 +79,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. The names of special tokens inside it are encoded as ordinary characters."""
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens by name; ids that only pad the vocabulary show as <|id|>."""
@@ -97,21 +100,25 @@ class Tokenizer:
         for message in messages:
             if message["role"] not in self.role_ids:
                 raise InputError(f"unknown role {message['role']!r}: expected one of {', '.join(ROLES)}")
-            opening, text = self.opening(message["role"]), [*self.encode(message["content"]), self.end]
-            ids += [*opening, *text]
-            mask += [False] * len(opening) + [message["role"] == "assistant"] * len(text)
-            if self.chatml:
-                ids += self.encode("\n")
-                mask += [False] * (len(ids) - len(mask))
+            # ChatML writes the role as text. Before an answer it is encoded alone: from there on the model writes.
+            if message["role"] == "assistant":
+                opening, text = self.opening, message["content"]
+            else:
+                opening = [self.role_ids[message["role"]]]
+                text = f"{message['role']}\n{message['content']}" if self.chatml else message["content"]
+            text, closing = [*self.encode(text), self.end], self.encode("\n") if self.chatml else []
+            ids += [*opening, *text, *closing]
+            mask += [False] * len(opening) + [message["role"] == "assistant"] * len(text) + [False] * len(closing)
         return ids, mask
 
-    def opening(self, role: str) -> list[int]:
-        """What stands before a turn's text."""
-        return [self.role_ids[role], *(self.encode(f"{role}\n") if self.chatml else [])]
+    @property
+    def opening(self) -> list[int]:
+        """What stands before an answer."""
+        return [self.role_ids["assistant"], *(self.encode("assistant\n") if self.chatml else [])]
 
     def render_prompt(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation up to where the assistant's answer begins."""
-        return [*self.render(messages)[0], *self.opening("assistant")]
+        return [*self.render(messages)[0], *self.opening]
 
     def response_text(self, ids: list[int]) -> tuple[str, bool]:
         """(text before the first end token, whether there is one)."""

@@ -254,7 +254,7 @@ MUTANTS = [
      equations.test_the_response_and_its_end_are_trained_on_and_the_prompt_is_not),
     (Tokenizer, "render", "prompt trained on", Edit('[message["role"] == "assistant"]', "[True]"),
      equations.test_the_response_and_its_end_are_trained_on_and_the_prompt_is_not),
-    (Tokenizer, "render", "role marker trained on", Edit("mask += [False]", 'mask += [message["role"] == "assistant"]'),
+    (Tokenizer, "render", "role marker trained on", Edit("[False] * len(opening)", '[message["role"] == "assistant"] * len(opening)'),
      equations.test_the_response_and_its_end_are_trained_on_and_the_prompt_is_not),
     (batches, "response_row", "first response token left out of the mask", mask_one_token_late,
      equations.test_the_response_and_its_end_are_trained_on_and_the_prompt_is_not,

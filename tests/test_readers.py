@@ -579,9 +579,10 @@ def test_sharegpt(tmp_path, capsys):
                                          [user("Hi"), assistant("Ho")]]
     assert "dropped 2 of 4 rows" in capsys.readouterr().err
     assert read_prompts(path)[0] == [system("Be kind."), user("Hi"), assistant("Ho"), user("And?")]
-    for turns, said in (((("human", ""), ("gpt", "a")), "[0].content"), ((("human", "a"), ("robot", "b")), "conversations[1].from"),
-                        ((("human", "a"), ("human", "b"), ("gpt", "c")), "messages[1].role")):
-        assert said in complaint(read_demonstrations, write(tmp_path, shared_dialogue(*turns)))
+    twice = shared_dialogue(("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"))
+    assert read_demonstrations(write(tmp_path, twice, shared_dialogue(("human", " "), ("gpt", "a")))) == [[user("a\n\nb"), assistant("c\n\nd")]]
+    for who in ("robot", ["human"], None):
+        assert "conversations[1].from" in complaint(read_demonstrations, write(tmp_path, shared_dialogue(("human", "a"), (who, "b"))))
     assert "conversations" in complaint(read_demonstrations, write(tmp_path, {"conversations": "text"}))
 
 
@@ -613,6 +614,7 @@ def test_mt_bench_gives_its_first_turn(tmp_path):
     path = write(tmp_path, {"question_id": 81, "category": "writing", "turns": ["First.", "Second."]})
     assert read_prompts(path) == [[user("First.")]]
     assert "field prompt" in complaint(read_prompts, write(tmp_path, {"turns": []}))
+    assert read_prompts(write(tmp_path, {"messages": [user("Hi")], "turns": 4})) == [[user("Hi")]]
 
 
 def test_parquet(tmp_path):

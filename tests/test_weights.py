@@ -14,9 +14,11 @@ import train_rm
 import train_sft
 import weights
 from common import InputError
-from data.published import PATTERNS, chat_template, default_system, published, read_tokenizer, vocabulary, write_tokenizer
-from data.tokenizer import Tokenizer, get_tokenizer
-from model import GPT, GPTConfig, RewardModel, load_gpt, load_reward_model, save_model
+from data import batches
+from data.published import PATTERNS, chat_template, default_system, make_tokenizer, read_tokenizer, vocabulary, write_tokenizer
+from data.readers import Ranking
+from data.tokenizer import Tokenizer, Vocabulary, get_tokenizer
+from model import GPT, GPTConfig, RewardModel, is_published, load_gpt, load_reward_model, save_model
 from weights import find, load_pretrained, our_config, save_pretrained
 
 transformers = pytest.importorskip("transformers", reason="transformers (extra dev) is not installed")
@@ -149,13 +151,15 @@ def test_pytorch_model_bin_is_read_too(both, tmp_path):
     close(GPT.from_pretrained(tmp_path).eval()(batch()), ours(batch()), 0)
 
 
-def test_padded_vocabulary_starts_at_the_mean(both):
+def test_padded_vocabulary_starts_near_the_mean(both):
     _, ours, folder = both
     padded = GPT.from_pretrained(folder, vocab_size=128).eval()
     assert padded.config.vocab_size == 128 and padded.wte.weight.shape[0] == 128
     close(padded(batch())[..., :V], ours(batch()), 1e-6)
     for own, wide in ((ours.wte.weight, padded.wte.weight), (ours.output_weight, padded.output_weight)):
-        close(wide[V:], own.mean(0).expand(128 - V, -1), 1e-6)
+        apart = (wide[V:] - own.mean(0)) / own.std(0)
+        assert 0.05 < apart.std() < 0.15 and apart.abs().max() < 0.6 and torch.equal(wide[:V], own)
+        assert len(wide[V:].unique(dim=0)) == 128 - V                       # equal rows could not be told apart
 
 
 # ----------------------------------------------------------------------------- faults
@@ -257,23 +261,22 @@ def test_what_we_write_transformers_loads_with_equal_logits(tmp_path, name):
 def test_a_reward_model_scores_equally_there(tmp_path, name):
     tokenizer = get_tokenizer("tinytown")
     model = RewardModel(own(name)).eval()
-    model.bias += 0.7 if name == "GPT-2" else 0.0
+    model.bias += 0.7
     save_pretrained(model, tmp_path, tokenizer)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     lengths = torch.tensor([17, 6, 11])
     tokens = torch.where(torch.arange(17) < lengths[:, None], batch(), tokenizer.pad)
     scores = theirs(tokens, attention_mask=tokens != tokenizer.pad).logits[:, 0]
-    close(scores, model(tokens, lengths))
     assert scores.std() > 0.1
-    if name != "GPT-2":
-        model.bias += 0.7
-        with pytest.raises(InputError, match="offset"):
-            save_pretrained(model, tmp_path, tokenizer)
+    offset = json.loads((tmp_path / "config.json").read_text()).get("reward_offset", 0.0)
+    assert offset == pytest.approx(0.0 if name == "GPT-2" else 0.7)         # RMSNorm has no bias to hold it
+    close(scores - offset, model(tokens, lengths))
 
 
-def test_a_mixture_that_nobody_publishes_is_refused(tmp_path):
+@pytest.mark.parametrize("changes", [dict(swiglu=True), dict(n_kv_head=1), dict(rope_theta=1e4), dict(bias=False, qkv_bias=True)])
+def test_a_mixture_that_nobody_publishes_is_refused(tmp_path, changes):
     with pytest.raises(InputError, match="neither GPT-2"):
-        GPT(GPTConfig(16, 64, 1, 2, 16, swiglu=True)).save_pretrained(tmp_path)
+        GPT(GPTConfig(16, 64, 1, 2, 16, **changes)).save_pretrained(tmp_path)
 
 
 # ----------------------------------------------------------------------------- tokenizers
@@ -298,7 +301,7 @@ def smol():
     tokens = {name: i for i, name in enumerate([*specials, *singles, *map("".join, merges)])}
     template = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind."
                 "<|im_end|>\n' }}{% endif %}…")
-    return published(vocabulary(tokens, merges, "smollm", specials, template, "here"))
+    return make_tokenizer(vocabulary(tokens, merges, "smollm", specials, template, "here"))
 
 
 @pytest.mark.parametrize("make", [lambda: get_tokenizer("tinytown"), smol], ids=["tinytown", "chatml"])
@@ -314,6 +317,60 @@ def test_a_written_tokenizer_gives_the_same_ids_there(tmp_path, make):
     assert (theirs.pad_token_id, theirs.eos_token_id) == (ours.pad, ours.end)
     again = read_tokenizer(tmp_path)
     assert again.render(CHAT[1:]) == ours.render(CHAT[1:]) and again.system == ours.system and again.vocab_size == ours.vocab_size
+
+
+@pytest.mark.parametrize("system", ["créé", 'say "hi"', "it's {{ this }}", "a\nb\\n"])
+def test_any_system_message_survives_being_written(tmp_path, system):
+    words = Vocabulary(smol().encoding._mergeable_ranks, PATTERNS["smollm"], smol().encoding._special_tokens, system)
+    ours = make_tokenizer(words)
+    write_tokenizer(ours, tmp_path, 48)
+    again = read_tokenizer(tmp_path)
+    assert again.system == system and again.name == ours.name != smol().name
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert their_ids(theirs, CHAT[1:2]) == ours.render(CHAT[1:2])[0] == again.render(CHAT[1:2])[0]
+
+
+def test_composed_form_is_kept(tmp_path):
+    ours = make_tokenizer(Vocabulary(smol().encoding._mergeable_ranks, PATTERNS["gpt2"], smol().encoding._special_tokens, nfc=True))
+    write_tokenizer(ours, tmp_path, 48)
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), read_tokenizer(tmp_path)
+    for text in ("e\u0301", "\u00e9", "plain"):
+        assert ours.encode(text) == again.encode(text) == theirs.encode(text)
+    assert ours.encode("e\u0301") == ours.encode("\u00e9") != smol().encode("e\u0301")
+
+
+def test_old_files_without_a_model_type_are_read(tmp_path):
+    """As GPT-2's own on the hub."""
+    write_tokenizer(get_tokenizer("tinytown"), tmp_path, 48)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["type"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert read_tokenizer(tmp_path).render(CHAT) == get_tokenizer("tinytown").render(CHAT)
+
+
+def test_tokens_that_no_merge_makes_are_exported_whole(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"xyz": 257}
+    ours = make_tokenizer(Vocabulary(ranks, PATTERNS["gpt2"], {"<|endoftext|>": 258, "<|pad|>": 259, "<|im_start|>": 260, "<|im_end|>": 261}))
+    write_tokenizer(ours, tmp_path, 48)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("xyz", "ab", "ab xyz abxyz"):
+        assert theirs.encode(text) == ours.encode(text)
+
+
+def test_a_chatml_reward_is_read_where_it_was_trained():
+    """At <|im_end|>, not at the line end that the template puts behind it: in training, from a reward and for the bias."""
+    tokenizer = smol()
+    torch.manual_seed(1)
+    model = RewardModel(GPT(GPTConfig(64, tokenizer.vocab_size, 2, 2, 16))).eval()
+    messages = [{"role": "user", "content": "Hi"}]
+    groups = [(tokenizer.render_prompt(messages), [[*tokenizer.encode(text), tokenizer.end] for text in ("Ho.", "No no.")])]
+    batch = batches.ranking_batch([Ranking(messages, ["Ho.", "No no."], [1.0, 0.0])], groups, tokenizer.pad)
+    trained = train_rm.ranking_rewards(model, batch)[0].tolist()
+    assert train_ppo.model_reward(model, tokenizer)([messages] * 2, ["Ho.", "No no."]) == pytest.approx(trained, abs=1e-5)
+    rows = batches.demonstration_rows([[*messages, {"role": "assistant", "content": text}] for text in ("Ho.", "No no.")], tokenizer, 64)
+    assert all(tokens[-1] == tokenizer.end and mask[-1] for tokens, mask in rows)
+    train_rm.set_bias(model, rows, tokenizer.pad, "cpu")
+    assert float(model.bias) == pytest.approx(sum(trained) / 2, abs=1e-5)
 
 
 def test_chatml_by_hand():
@@ -355,6 +412,7 @@ def test_the_patterns_split_as_the_tokenizers_library_does():
 def test_tokens_out_of_the_order_of_their_merges_are_refused():
     tokens = {chr(97 + i): i for i in range(4)} | {"ab": 4, "cd": 5}
     assert vocabulary(tokens, ["a b", "c d"], "gpt2", {}, "", "here").ranks[b"cd"] == 5
+    assert vocabulary(tokens, ["a b", "a b", "c d"], "gpt2", {}, "", "here").ranks[b"ab"] == 4      # Llama 3 lists every split
     with pytest.raises(InputError, match="order of its merges"):
         vocabulary(tokens, ["c d", "a b"], "gpt2", {}, "", "here")
 
@@ -369,8 +427,21 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
             read_tokenizer(tmp_path)
 
 
+QWEN = """{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {{- messages[0]['content'] }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are Q. You help.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}"""
+
+
 def test_system_messages_are_found_in_templates_or_left_alone():
     assert default_system(chat_template(smol())) == "Be kind." and default_system("") == ""
+    assert default_system(QWEN) == "You are Q. You help."
     assert default_system("{{ '<|im_start|>system\n' + message['content'] + '<|im_end|>' }} role'] != 'system'") == ""
 
 
@@ -386,6 +457,12 @@ def test_a_chatml_model_passes_through_a_checkpoint(tmp_path):
     save_model(tmp_path / "rm", RewardModel(first), GPTConfig(), first_tokenizer)
     second, second_tokenizer = load_gpt(str(tmp_path / "sft"))
     reward, _ = load_reward_model(str(tmp_path / "rm"))
+    write_tokenizer(get_tokenizer("tinytown"), tmp_path / "rm", 48)         # another model's
+    with pytest.raises(InputError, match="not the one"):
+        load_reward_model(str(tmp_path / "rm"))
+    (tmp_path / "rm/tokenizer.json").unlink()
+    with pytest.raises(InputError, match="tokenizer.json: missing"):
+        load_reward_model(str(tmp_path / "rm"))
     tokens = torch.tensor([second_tokenizer.render_prompt(CHAT[1:2])[:40]])
     close(second.eval()(tokens), gpt(tokens), 1e-6)
     assert second_tokenizer.name == tokenizer.name and second_tokenizer.render(CHAT) == tokenizer.render(CHAT)
@@ -410,6 +487,25 @@ def test_gpt2_folders_get_the_project_s_tokens(tmp_path, monkeypatch):
             assert exported.encode(row["output"]) == tokenizer.encode(row["output"])
     again = Tokenizer("gpt2")
     assert read_tokenizer(tmp_path / "out").render(CHAT) == again.render(CHAT)
+
+
+def test_broken_gguf_files_are_one_line(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    path = tmp_path / "model.gguf"
+    for content in (b"", b"GGUF", b"no magic at all, but long enough to be read"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not a GGUF file") as caught:
+            load_pretrained(str(path))
+        assert "\n" not in str(caught.value)
+
+
+def test_folders_to_come_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("out/x/sft", "./mine", "./a/b", "../a", "/a/b", "mine/sft"):
+        assert not is_published(name), name
+    for name in ("gpt2", "smollm2", "some/model"):
+        assert is_published(name), name
 
 
 @pytest.mark.parametrize("name", ["nonsense", "some/model"])
