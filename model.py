@@ -46,7 +46,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of all tokens so far, (L, B, G, S_max, D) each, written in place: 1.2 times faster than growing them."""
+    """Keys and values of all tokens so far, (L, B, G, S_max, D) each, written in place: generation 1.1 to 1.2 times faster."""
 
     def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
         shape = (config.n_layer, batch, config.n_kv_head or config.n_head, size, config.n_embd // config.n_head)
@@ -301,7 +301,7 @@ class GPT(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
         cache = KVCache(self.config, len(distinct), size, self.wte.weight.to(dtype))
         try:
-            # A prompt that is answered several times is read once; then its row is copied (64 times: 1.3 times faster).
+            # A prompt that is answered several times is read once; then its row is copied (64 times: 1.2 to 1.4 times faster).
             padded = int(lengths.min()) < longest
             last = (torch.arange(longest, device=device) == longest - 1).expand(tokens.shape)
             states = self.hidden(tokens, None, mask[:, :longest] if padded else None, cache, last)[copies]      # (B, C)

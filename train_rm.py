@@ -37,7 +37,7 @@ class Config:
     demonstrations: str = ""       # their mean reward becomes 0; empty: the best response of every training ranking
     init: str = ""                 # SFT checkpoint to copy; empty: a new small model on GPT-2's vocabulary
     out: str = "out/rm"            # folder for the checkpoint and metrics
-    epochs: int = 1                # a second epoch overfits (InstructGPT)
+    epochs: int = 1                # a second epoch overfits (InstructGPT); 0 only measures
     lr: float = 5e-4               # peak; cosine to a tenth. InstructGPT: 9e-6 for 6 B parameters
     warmup: int = 20               # steps
     batch_size: int = 16           # rankings a step (InstructGPT: 64)
@@ -132,7 +132,7 @@ def set_bias(model: RewardModel, rows: list[Row], pad: int, device) -> None:
 
 def train(config: Config) -> dict:
     """Train on rankings and save. Returns the final metrics: accuracy and loss on held-out rankings, accuracy_clean."""
-    check_range(config, epochs=(1, 1000), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6),
+    check_range(config, epochs=(0, 1000), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6),
                 max_tokens=(0, 10**7), lora_rank=(0, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of rankings or preference pairs")

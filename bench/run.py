@@ -1,6 +1,6 @@
 """Every comparison, one process after the other; writes bench/results.json and bench/RESULTS.md and prints the table.
 
-    python -m bench.run                        all of it, about twenty minutes on two cores: `make bench`
+    python -m bench.run                        all of it, about half an hour on two cores: `make bench`
     python -m bench.run --only kernel training     these again; the other rows stay as they were
 """
 import argparse

@@ -342,3 +342,10 @@ def test_max_tokens_drops_or_cuts_long_rows(town, tmp_path, capsys):
     assert "longer than 30 tokens" in capsys.readouterr().err
     train_sft.train(train_sft.Config(data=(str(town / "data/sft.jsonl"),), out=str(tmp_path / "sft"), epochs=1, **config))
     assert "cut, longer than 30 tokens" in capsys.readouterr().err
+
+
+def test_a_reward_model_of_no_epochs_is_only_measured(town, tmp_path):
+    config = train_rm.Config(data=(str(town / "rank/rankings.jsonl"),), init=str(town / "sft"), out=str(tmp_path), epochs=0)
+    assert 0 <= train_rm.train(config)["accuracy"] <= 1 and metrics(tmp_path) == []
+    state, start = load_checkpoint(tmp_path, "reward model")[0], load_checkpoint(town / "sft", "language model")[0]
+    assert torch.equal(state["gpt.blocks.0.up.weight"], start["blocks.0.up.weight"])
