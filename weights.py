@@ -169,6 +169,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"{folder}: expected model.safetensors or pytorch_model.bin beside config.json; download the folder again")
+    index = folder / ("model.safetensors.index.json" if files[0].suffix == ".safetensors" else "pytorch_model.bin.index.json")
+    if index.exists():
+        absent = sorted(set(json.loads(index.read_text())["weight_map"].values()) - {file.name for file in files})
+        if absent:
+            raise InputError(f"{folder}: {absent[0]} is missing ({len(absent)} of the files that {index.name} names); download it")
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:

@@ -213,6 +213,16 @@ def test_broken_folders_are_one_line(gpt2_folder, tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
+def test_shards_are_read_together_and_a_missing_one_is_named(gpt2_folder, tmp_path):
+    transformers.AutoModelForCausalLM.from_pretrained(gpt2_folder).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    close(GPT.from_pretrained(tmp_path).eval()(batch()), GPT.from_pretrained(gpt2_folder).eval()(batch()), 0)
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(InputError, match=f"{gone.name} is missing"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_a_missing_extra_says_what_to_install(monkeypatch, gpt2_folder):
     import sys
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
