@@ -79,6 +79,7 @@ class Linear(nn.Linear):
 
 
 def norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm, or RMSNorm, which neither subtracts the mean nor adds a bias: (..., C) → the same."""
     if config.rms_norm:
         return nn.RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
