@@ -28,8 +28,8 @@ def parse_args(config_class: type, argv: list[str] | None = None, presets: dict[
     """Fill a config dataclass from `--field value` flags.
 
     Order of precedence: flag, then `--preset NAME` (a dict of field values), then the dataclass default. A boolean
-    field takes `--field true|false`; a tuple field takes one value or several. An unknown flag is an error. `-h` shows
-    the comment beside each field.
+    field takes `--field true|false`, or `--field` for true; a tuple field one value or several. An unknown flag is an
+    error. `-h` shows the comment beside each field.
     """
     comments = dict(re.findall(r"^ +(\w+):.*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
     parser = argparse.ArgumentParser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False,
@@ -38,8 +38,8 @@ def parse_args(config_class: type, argv: list[str] | None = None, presets: dict[
         parser.add_argument("--preset", choices=sorted(presets), help="start from these values instead of the defaults")
     for field in fields(config_class):
         parse = {bool: parse_bool, tuple: str}.get(type(field.default), type(field.default))
-        parser.add_argument(f"--{field.name}", type=parse, default=argparse.SUPPRESS, metavar=field.name.upper(),
-                            nargs="+" if isinstance(field.default, tuple) else None,
+        shape = {bool: dict(nargs="?", const=True), tuple: dict(nargs="+")}.get(type(field.default), {})
+        parser.add_argument(f"--{field.name}", type=parse, default=argparse.SUPPRESS, metavar=field.name.upper(), **shape,
                             help=f"{comments.get(field.name, '')} [default {field.default!r}]".strip().replace("%", "%%"))
     flags = vars(parser.parse_args(argv))
     values = dict((presets or {}).get(flags.pop("preset", None), {}))
@@ -150,19 +150,26 @@ def adamw(model: torch.nn.Module, lr: float, betas=(0.9, 0.95), weight_decay=0.1
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def optimizer_step(machine: Machine, max_norm: float, rates: dict[torch.optim.Optimizer, float]) -> float:
+def optimizer_step(machine: Machine, max_norm: float, rates: dict[torch.optim.Optimizer, float], rows=()) -> float:
     """For each optimizer: clip its gradient to `max_norm`, step at its learning rate, clear. Returns the last norm before
-    clipping. In fp16 a step whose gradient overflowed is left out, and the scale halved.
+    clipping. In fp16 a step whose gradient overflowed is left out, and the scale halved; otherwise a gradient that is not
+    finite raises InputError before anything has moved. rows: numbers of the data rows in the batch, for that message.
     """
-    for optimizer, lr in rates.items():
+    norms = {}
+    for optimizer in rates:
         machine.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms[optimizer] = norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+        if not (math.isfinite(norm) or machine.scaler.is_enabled()):
+            raise InputError(f"the gradient's norm is {norm}; this step was not taken. Lower --lr or raise --warmup"
+                             + (f", or look at the rows in the batch (kept rows, from 0): {', '.join(map(str, rows))}" if rows else ""))
+    for optimizer, lr in rates.items():
         for group in optimizer.param_groups:
             group["lr"] = lr
         machine.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     machine.scaler.update()
-    return float(norm)
+    return norm
 
 
 # ----------------------------------------------------------------------------- files
@@ -171,40 +178,15 @@ def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, flush to disk, then rename: `path` is always whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    write_and_flush(temporary, write)
     os.replace(temporary, path)
 
 
-def save_checkpoint(folder: str | Path, model: torch.nn.Module, kind: str, config, **extra) -> None:
-    """Write `model.pt` (a plain dict of fp32 tensors) and `config.json` (kind, model shape, run config) to a folder."""
-    folder = Path(folder)
-    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    description = {"kind": kind, "model": asdict(model.config), "run": asdict(config), **extra}
-    write_atomically(folder / "model.pt", lambda path: torch.save(state, path))
-    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
-
-
-def load_checkpoint(folder: str | Path, kind: str) -> tuple[dict, dict]:
-    """Return (state, description) of a checkpoint of `kind`; InputError if it is absent, broken or of another kind."""
-    folder = Path(folder)
-    try:
-        description = json.loads((folder / "config.json").read_text())
-        found = description["kind"]
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: no checkpoint here (config.json is missing); train that stage first, or pass "
-                         f"the folder that its --out named") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, NotADirectoryError) as error:
-        raise InputError(f"{folder}/config.json: not a checkpoint's description; pass a folder written by a "
-                         f"train_*.py script") from error
-    if found != kind:
-        raise InputError(f"{folder}: holds a {found} checkpoint, but a {kind} is needed here; pass the --out folder "
-                         f"of {'train_rm.py' if kind == 'reward model' else 'train_base.py or train_sft.py'}")
-    try:
-        return torch.load(folder / "model.pt", map_location="cpu", weights_only=True), description
-    except Exception as error:        # torch.load raises a dozen types; to the reader they are all one fault
-        raise InputError(f"{folder}/model.pt: cannot be read ({type(error).__name__}); train that stage again") from error
+def write_and_flush(path: Path, write) -> None:
+    """Call `write(path)` and flush the file to disk."""
+    write(path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def peak_memory() -> float:
@@ -222,18 +204,18 @@ def peak_memory() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
-def progress(total: int, title: str, unit: str) -> tqdm:
+def progress(total: int, title: str, unit: str, start: int = 0) -> tqdm:
     """A progress bar with the time left; every second on a terminal, twice a minute in a log file."""
-    return tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30)
+    return tqdm(total=total, initial=start, desc=title, unit=unit, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30)
 
 
 class Log:
     """`metrics.jsonl` of one run and its progress bar: one row of numbers per `write`, the key ones beside the bar."""
 
-    def __init__(self, folder: str | Path, total: int, title: str):
+    def __init__(self, folder: str | Path, total: int, title: str, start: int = 0):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(folder) / "metrics.jsonl", "w")
-        self.bar = progress(total, title, "step")
+        self.file = open(Path(folder) / "metrics.jsonl", "a" if start else "w")
+        self.bar = progress(total, title, "step", start)
         self.start, self.tokens = time.time(), 0
 
     def write(self, step: int, show: tuple[str, ...] = (), **numbers: float) -> None:

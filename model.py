@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import InputError, load_checkpoint, progress, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
+from common import InputError, progress
 from data.published import read_tokenizer, write_tokenizer
 from data.tokenizer import OWN_VOCABULARIES, Tokenizer, get_tokenizer
 from kernels import gelu, linear, token_logprobs

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from checkpoint import Run
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.text import TextStream, text_stream
 from data.tokenizer import Tokenizer, get_tokenizer
@@ -44,6 +45,8 @@ class Config:
     max_norm: float = 1.0          # gradient clipping
     eval_every: int = 100          # steps
     compile: bool = False          # torch.compile: half a minute's wait, then faster steps for wide models (bench/RESULTS.md)
+    save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
+    resume: bool = False           # go on from the last checkpoint in out
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -111,9 +114,10 @@ def train(config: Config) -> dict:
     report_memory(machine, micro * window, trained=[model], likelihood=True)
     if config.compile:
         model.hidden = torch.compile(model.hidden)          # the head's chunks stay as they are
-    log = Log(config.out, config.steps, "base")
+    run = Run(config, config.steps, model=model, optimizer=optimizer, scaler=machine.scaler, generator=generator)
+    log = Log(config.out, config.steps, "base", run.start)
 
-    for step in range(config.steps):
+    for step in range(run.start, config.steps):
         tokens, mask = training.random_windows(config.batch_size, window, generator)
         step_loss = 0.0
         for x, m in zip(tokens.split(micro), mask.split(micro)):
@@ -131,6 +135,7 @@ def train(config: Config) -> dict:
                 numbers["val_loss"] = evaluate(model, val_windows)
         log.write(step + 1, show=("loss",), **numbers)
         log.bar.update()
+        run.after(step)
 
     with machine.autocast():
         val_loss = evaluate(model, val_windows)

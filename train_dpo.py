@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoint import Run
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import RankingBatch, buckets, group_size, packed_shape, ranking_batch, ranking_splits
 from lora import add_lora, merge_lora
@@ -48,6 +49,8 @@ class Config:
     lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     weight_decay: float = 0.0
     max_norm: float = 1.0          # gradient clipping (paper: 10)
+    save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
+    resume: bool = False           # go on from the last checkpoint in out
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -162,9 +165,10 @@ def train(config: Config) -> dict:
     optimizer = adamw(policy, config.lr, weight_decay=config.weight_decay)
     shapes = [packed_shape(*group) for group in groups]
     report_memory(machine, most_tokens([part for parts in steps for part in parts], shapes), trained=[policy])
-    log = Log(config.out, len(order), "dpo")
+    run = Run(config, len(order), model=policy, optimizer=optimizer, scaler=machine.scaler)
+    log = Log(config.out, len(order), "dpo", run.start)
 
-    for step, number in enumerate(order):
+    for step, number in list(enumerate(order))[run.start:]:
         micro_batches, step_loss, pairs = list(map(batch_of, steps[number])), 0.0, []
         untied = sum(batch.untied for batch in micro_batches)
         for batch, reference in zip(micro_batches, references[number]):
@@ -179,10 +183,11 @@ def train(config: Config) -> dict:
             pairs.append(numbers)
             log.tokens += batch.tokens.numel()
         lr = learning_rate(step, len(order), config.lr, config.warmup)
-        norm = optimizer_step(machine, config.max_norm, {optimizer: lr})
+        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, sum(steps[number], []))
         log.write(step + 1, show=("loss", "accuracy", "margin"), loss=step_loss, **summary(torch.cat(pairs, dim=1)),
                   lr=lr, grad_norm=norm)
         log.bar.update()
+        run.after(step)
 
     with machine.autocast():
         final = evaluate(policy, val_batches, val_references, config.beta)

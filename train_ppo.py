@@ -29,6 +29,7 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from checkpoint import Run
 from common import InputError, Log, Machine, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import by_length, pad_rows, prompt_rows, response_row
 from data.readers import read_prompts
@@ -61,6 +62,7 @@ class Config:
     beta: float = 0.05             # KL coefficient (InstructGPT: 0.02)
     target_kl: float = 0.0         # nats a response; above 0, β adapts towards it (Ziegler et al.: 6)
     horizon: int = 10_000          # episodes over which β adapts (Ziegler et al.: 10,000)
+    max_kl: float = 100.0          # nats a response: beyond this KL the run stops, as nothing good comes after it
     gamma: float = 1.0             # discount
     lam: float = 0.95              # λ of GAE (Ziegler et al.)
     cliprange: float = 0.2         # ε
@@ -76,6 +78,8 @@ class Config:
     lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     max_norm: float = 1.0          # gradient clipping
     sample_every: int = 20         # rollouts between printed samples
+    save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
+    resume: bool = False           # go on from the last checkpoint in out
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -300,6 +304,17 @@ def evaluate(batch: Rollout, rewards: Tensor, returns: Tensor) -> dict[str, floa
             "explained_variance": explained_variance(batch.values, returns, batch.mask).item()}
 
 
+def check_health(numbers: dict[str, float], memory: dict, config: Config) -> None:
+    """InputError where the run has nothing more to learn: KL beyond config.max_kl, or no response of five rollouts ended."""
+    memory["endless"] = 0 if numbers["end_rate"] > 0 else memory["endless"] + 1
+    if not numbers["kl"] <= config.max_kl:
+        raise InputError(f"KL from the reference is {numbers['kl']:.1f} nats a response, over --max_kl {config.max_kl}: the policy has "
+                         f"run away from it. Raise --beta, lower --lr, or look at the samples in rollouts.jsonl")
+    if memory["endless"] == 5:
+        raise InputError("in five rollouts no response ended, so that all got the same score: raise --max_new_tokens, or train "
+                         "the SFT model until its responses end")
+
+
 # ----------------------------------------------------------------------------- training
 
 def update(machine: Machine, policy: GPT, value_model: RewardModel, batch: Rollout, parts: list[Part], advantages: Tensor,
@@ -338,7 +353,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
     check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size),
                 micro_batch=(0, 10**6), inner_epochs=(1, 100), max_new_tokens=(1, 10**5), temperature=(0.01, 10),
-                beta=(0, 100), target_kl=(0, 10**4), gamma=(0, 1), lam=(0, 1), cliprange=(0, 10),
+                beta=(0, 100), target_kl=(0, 10**4), max_kl=(0, 10**6), gamma=(0, 1), lam=(0, 1), cliprange=(0, 10),
                 cliprange_value=(0, 10**6), ptx_coef=(0, 10**4), ptx_windows=(1, 10**6), ptx_window=(2, 10**6),
                 lr=(0, 1), value_lr=(0, 1), lora_rank=(0, 10**5))
     if not config.data:
@@ -367,16 +382,20 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     text_generator = torch.Generator().manual_seed(config.seed)
     optimizers = {adamw(model, peak, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-5): peak
                   for model, peak in ((policy, config.lr), (value_model, config.value_lr))}
-    updates, beta, history = config.steps * config.inner_epochs * config.minibatches, config.beta, []
+    updates = config.steps * config.inner_epochs * config.minibatches
+    memory = {"beta": config.beta, "history": [], "endless": 0}        # what else changes from rollout to rollout
     longest = max(map(len, prompts)) + config.max_new_tokens
     frozen = [model for model in (reward_model, ref_policy) if isinstance(model, torch.nn.Module)]
     largest = longest * (config.micro_batch or -(-config.batch_size // config.minibatches))
     report_memory(machine, max(largest, config.ptx_windows * config.ptx_window if text else 0),
                   trained=[policy, value_model], frozen=frozen, cached=longest * config.batch_size)
-    log = Log(config.out, config.steps, "ppo")
-    rollouts = open(Path(config.out) / "rollouts.jsonl", "w")
+    run = Run(config, config.steps, policy=policy, value_model=value_model, draw=draw, generator=generator, memory=memory,
+              text_generator=text_generator, scaler=machine.scaler, **dict(zip(("optimizer", "value_optimizer"), optimizers)))
+    log = Log(config.out, config.steps, "ppo", run.start)
+    rollouts = open(Path(config.out) / "rollouts.jsonl", "a" if run.start else "w")
 
-    for step in range(config.steps):
+    for step in range(run.start, config.steps):
+        beta = memory["beta"]
         chosen = draw.sample(range(len(prompts)), config.batch_size) if len(prompts) >= config.batch_size else (
             draw.choices(range(len(prompts)), k=config.batch_size))
         with machine.autocast():
@@ -385,6 +404,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
         rewards = kl_penalized_rewards(batch.scores, batch.logprobs, batch.ref_logprobs, batch.mask, beta)   # (B, T)
         advantages, returns = gae(rewards, batch.values, batch.mask, config.gamma, config.lam)               # (B, T)
         numbers = evaluate(batch, rewards, returns) | {"beta": beta}
+        check_health(numbers, memory, config)
         advantages = whiten(advantages, batch.mask)
 
         learned = []
@@ -403,24 +423,26 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                         machine.backward(config.ptx_coef * shown["pretraining_loss"])
                         log.tokens += tokens.numel()
                 optimizer_step(machine, config.max_norm, {
-                    optimizer: learning_rate(count, updates, peak, config.warmup) for optimizer, peak in optimizers.items()})
+                    optimizer: learning_rate(count, updates, peak, config.warmup) for optimizer, peak in optimizers.items()}, chosen)
                 learned.append(shown)
         numbers |= {name: torch.stack([row[name].detach() for row in learned]).mean().item() for name in learned[0]}
         numbers.pop("ratio_error")
         if config.target_kl > 0:
-            beta = adapted_beta(beta, numbers["kl"], config.target_kl, config.batch_size, config.horizon)
+            memory["beta"] = adapted_beta(beta, numbers["kl"], config.target_kl, config.batch_size, config.horizon)
         record(rollouts, step + 1, [conversations[i] for i in chosen], batch)
         if (step + 1) % config.sample_every == 0:
             log.bar.write(first_sample(step + 1, conversations[chosen[0]], batch), file=sys.stderr)
         log.tokens += batch.tokens.numel()
         log.write(step + 1, show=("score", "kl", "entropy", "length", "end_rate"), **numbers)
         log.bar.update()
-        history.append(numbers)
+        memory["history"].append(numbers)
+        rollouts.flush()
+        run.after(step)
 
     rollouts.close()
     merge_lora(policy)
     save_model(config.out, policy, config, tokenizer)
-    tail = history[-max(1, len(history) // 10):]
+    tail = memory["history"][-max(1, config.steps // 10):]
     return log.close(**{name: round(sum(row[name] for row in tail) / len(tail), 4) for name in tail[0]})
 
 

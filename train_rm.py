@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoint import Run
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import (Group, RankingBatch, Row, buckets, by_length, demonstration_rows, group_size, packed_shape, pad_rows,
                           ranking_batch, ranking_groups, ranking_splits, response_row)
@@ -48,6 +49,8 @@ class Config:
     lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     weight_decay: float = 0.0
     max_norm: float = 1.0          # gradient clipping
+    save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
+    resume: bool = False           # go on from the last checkpoint in out
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -154,9 +157,10 @@ def train(config: Config) -> dict:
     batches = [batch for _ in range(config.epochs) for batch in buckets(sizes, config.batch_size, draw)]
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     report_memory(machine, most_tokens(batches, [packed_shape(*group) for group in groups], config.micro_batch), trained=[model])
-    log = Log(config.out, len(batches), "reward model")
+    run = Run(config, len(batches), model=model, optimizer=optimizer, scaler=machine.scaler)
+    log = Log(config.out, len(batches), "reward model", run.start)
 
-    for step, indices in enumerate(batches):
+    for step, indices in list(enumerate(batches))[run.start:]:
         micro = config.micro_batch or len(indices)
         step_loss, hits, pairs = 0.0, 0.0, 0
         micro_batches = [ranking_batch([rankings[i] for i in part], [groups[i] for i in part], tokenizer.pad, machine.device)
@@ -172,9 +176,10 @@ def train(config: Config) -> dict:
             hits, pairs = hits + right, pairs + count
             log.tokens += batch.tokens.numel()
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
-        norm = optimizer_step(machine, config.max_norm, {optimizer: lr})
+        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, indices)
         log.write(step + 1, show=("loss", "accuracy"), loss=step_loss, accuracy=hits / max(1, pairs), lr=lr, grad_norm=norm)
         log.bar.update()
+        run.after(step)
 
     if config.demonstrations:
         reference = demonstration_rows(read_demonstrations(config.demonstrations), tokenizer, limit)[:1000]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from checkpoint import Run
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
 from data.batches import Row, buckets, demonstration_rows, pad_rows
 from data.readers import read_demonstrations
@@ -49,6 +50,8 @@ class Config:
     weight_decay: float = 0.1      # LIMA
     dropout: float = 0.0           # residual dropout of the last block, rising linearly from the first (LIMA: 0.3)
     max_norm: float = 1.0          # gradient clipping
+    save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
+    resume: bool = False           # go on from the last checkpoint in out
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -110,9 +113,10 @@ def train(config: Config) -> dict:
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     largest = most_tokens(batches, [(1, length) for length in lengths], config.micro_batch)
     report_memory(machine, max(largest, config.ptx_windows * config.ptx_window if text else 0), trained=[model], likelihood=True)
-    log = Log(config.out, len(batches), "sft")
+    run = Run(config, len(batches), model=model, optimizer=optimizer, scaler=machine.scaler, text_generator=text_generator)
+    log = Log(config.out, len(batches), "sft", run.start)
 
-    for step, batch in enumerate(batches):
+    for step, batch in list(enumerate(batches))[run.start:]:
         targets = sum(sum(rows[i][1]) for i in batch)                     # response tokens in the whole step
         micro = config.micro_batch or len(batch)
         step_loss = 0.0
@@ -133,9 +137,10 @@ def train(config: Config) -> dict:
             numbers["pretraining_loss"] = loss.item()
             log.tokens += tokens.numel()
         lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr, shape="linear")
-        norm = optimizer_step(machine, config.max_norm, {optimizer: lr})
+        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, batch)
         log.write(step + 1, show=tuple(numbers), **numbers, lr=lr, grad_norm=norm)
         log.bar.update()
+        run.after(step)
 
     with machine.autocast():
         val_loss = evaluate(model, val_rows, tokenizer.pad, machine.device)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import train_rm
 import train_sft
-from common import save_checkpoint
+from checkpoint import save_checkpoint
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, RewardModel
 

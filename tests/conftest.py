@@ -1,4 +1,5 @@
 """Shared fixtures. One thread: the models here are so small that threads would only wait for each other."""
+import json
 import os
 from pathlib import Path
 
@@ -17,3 +18,32 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared data folder (../shared/data) is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def town(tmp_path_factory) -> Path:
+    """A folder with a tiny Tinytown run: data, and the stages base, sft, rank and rm."""
+    import train_base
+    import train_rm
+    import train_sft
+    from data import rank, tinytown
+    run = tmp_path_factory.mktemp("town")
+    (run / "data").mkdir()
+    draw = tinytown.random.Random(0)
+    texts = [tinytown.document(draw) for _ in range(400)]
+    (run / "data/base.txt").write_text("\n<|endoftext|>\n".join(texts))
+    (run / "data/base_val.txt").write_text("\n<|endoftext|>\n".join(texts[:40]))
+    rows = {"sft": tinytown.demonstrations("sft", 150, 0), "rank": tinytown.prompts("rank", 20, 0),
+            "rl": tinytown.prompts("rl", 30, 0), "test": tinytown.prompts("test", 16, 0, unique=True)}
+    for name, part in rows.items():
+        (run / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    train_base.train(train_base.Config(data=(str(run / "data/base.txt"),), val=str(run / "data/base_val.txt"), out=str(run / "base"),
+                                       tokenizer="tinytown", block_size=96, window=48, n_layer=2, n_head=2, n_embd=32, lr=5e-3,
+                                       steps=40, batch_size=8, warmup=5))
+    train_sft.train(train_sft.Config(data=(str(run / "data/sft.jsonl"),), init=str(run / "base"), out=str(run / "sft"), epochs=6,
+                                     lr=5e-3, ptx_data=(str(run / "data/base.txt"),), ptx_windows=2))
+    rank.train(rank.Config(data=(str(run / "data/rank.jsonl"),), init=str(run / "sft"), out=str(run / "rank"), clean=True,
+                           max_new_tokens=16))
+    train_rm.train(train_rm.Config(data=(str(run / "rank/rankings.jsonl"),), clean=str(run / "rank/clean.jsonl"),
+                                   demonstrations=str(run / "data/sft.jsonl"), init=str(run / "sft"), out=str(run / "rm"), batch_size=4))
+    return run

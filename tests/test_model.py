@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from common import InputError, save_checkpoint
+from checkpoint import save_checkpoint
+from common import InputError
 from model import GPT, GPTConfig, KVCache, RewardModel, before, generate_many, load_gpt, load_reward_model, sample_token
 
 V = 23                                                        # vocabulary of the small model

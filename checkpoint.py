@@ -1,0 +1,240 @@
+"""What survives a run: its model, and with --resume the whole state of its training, both verified before they are used.
+
+    save_checkpoint, load_checkpoint     OUT/model.pt and OUT/config.json: what the next stage reads
+    Run                                  OUT/resume/step_*.pt: what the same stage needs to go on
+
+    run = Run(config, steps, model=model, optimizer=optimizer, …)      with --resume, the state is the saved one from here on
+    for step in range(run.start, steps):
+        …
+        run.after(step)                                                saves where it is due; ends here after Ctrl-C
+
+A state holds everything that changes during a run: weights, moments, loss scale, random generators, PPO's β. What is
+fixed by config and data, as the order of the batches, is computed again. So on the CPU a run that was interrupted
+anywhere and resumed ends with the same bits as one that was not.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from common import InputError, write_and_flush, write_atomically
+
+KEEP = 2                                            # checkpoints: if the last one is damaged there is one before it
+FREE = ("resume", "save_every", "device")           # fields that may differ between a run and its continuation
+
+
+# ----------------------------------------------------------------------------- models
+
+def save_checkpoint(folder: str | Path, model: torch.nn.Module, kind: str, config, **extra) -> None:
+    """Write `model.pt` (a plain dict of fp32 tensors) and `config.json` (kind, model shape, run config) to a folder."""
+    folder = Path(folder)
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+    def write(path: Path) -> None:
+        torch.save(state, path)
+        description = {"kind": kind, "model": asdict(model.config), "run": asdict(config), **extra, "sha256": checksum(path)}
+        write_and_flush(folder / "config.json.partial", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
+
+    write_atomically(folder / "model.pt", write)             # killed here, `load_checkpoint` does the next line
+    os.replace(folder / "config.json.partial", folder / "config.json")
+
+
+def load_checkpoint(folder: str | Path, kind: str) -> tuple[dict, dict]:
+    """Return (state, description) of a checkpoint of `kind`; InputError if it is absent, broken or of another kind."""
+    folder = Path(folder)
+    finish_saving(folder)
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        found = description["kind"]
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no checkpoint here (config.json is missing); train that stage first, or pass "
+                         f"the folder that its --out named") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, NotADirectoryError) as error:
+        raise InputError(f"{folder}/config.json: not a checkpoint's description; pass a folder written by a "
+                         f"train_*.py script") from error
+    if found != kind:
+        raise InputError(f"{folder}: holds a {found} checkpoint, but a {kind} is needed here; pass the --out folder "
+                         f"of {'train_rm.py' if kind == 'reward model' else 'train_base.py or train_sft.py'}")
+    try:
+        if checksum(folder / "model.pt") != description.get("sha256"):
+            raise ValueError("its checksum is not the one in config.json")
+        return torch.load(folder / "model.pt", map_location="cpu", weights_only=True), description
+    except Exception as error:        # torch.load raises a dozen types; to the reader they are all one fault
+        raise InputError(f"{folder}/model.pt: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]}); "
+                         f"train that stage again") from error
+
+
+def finish_saving(folder: Path) -> None:
+    """Do the last line of a `save_checkpoint` that was killed before it."""
+    partial = folder / "config.json.partial"
+    try:
+        if json.loads(partial.read_text())["sha256"] == checksum(folder / "model.pt"):
+            os.replace(partial, folder / "config.json")
+    except (OSError, ValueError, KeyError, TypeError):       # nothing there, or it never got that far
+        pass
+
+
+def checksum(path: Path) -> str:
+    """Sixteen hexadecimal digits of a file's SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2 ** 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------- runs
+
+class Stopped(InputError):
+    """A run that was told to stop and has saved its state."""
+
+
+class Run:
+    """The resumable state of a training run, in `OUT/resume/step_*.pt`.
+
+    parts: name → model, optimizer, loss scaler (anything with state_dict), torch.Generator, random.Random, or a dict of plain
+    numbers that the loop changes. With config.resume they are set to the last checkpoint's; `start` is the step to go on with.
+    """
+
+    def __init__(self, config, steps: int, **parts):
+        self.config, self.steps, self.parts, self.start = config, steps, parts, 0
+        self.folder = Path(config.out) / "resume"
+        self.stop = False
+        if config.resume:
+            self.load()
+        elif (old := self.checkpoints()) and not finished(old[-1]):
+            raise InputError(f"{self.folder}: holds an unfinished run ({old[-1].name}); --resume goes on with it, another --out "
+                             f"leaves it alone, deleting the folder gives it up")
+        self.handlers = {number: signal.signal(number, self.told_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def told_to_stop(self, number, frame) -> None:
+        """Finish the step first; the second time, end at once."""
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+        print("\nstopping after this step (once more: at once, without saving)", file=sys.stderr)
+
+    def after(self, step: int) -> None:
+        """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, the last, and when told to stop."""
+        done = step + 1
+        every = self.config.save_every
+        if self.stop or (every and (done == self.steps or done % every == 0)):
+            self.save(done)
+        if self.stop or done == self.steps:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+        if self.stop and done < self.steps:
+            raise Stopped(f"stopped after step {done} of {self.steps}, saved in {self.folder}; to go on, run the same command "
+                          f"with --resume")
+
+    def save(self, done: int) -> None:
+        """Write the state after `done` steps, then remove all but the last checkpoints. The checksum is in the name."""
+        state = {"step": done, "config": asdict(self.config), "parts": {name: state_of(part) for name, part in self.parts.items()},
+                 "random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        written = self.folder / "saving"
+        with room_for(state, self.folder):
+            torch.save(state, written)
+            path = self.folder / f"step_{done:09d}_of_{self.steps}_{checksum(written)}.pt"
+            write_atomically(path, lambda partial: os.replace(written, partial))
+        for old in self.checkpoints():
+            if old != path and (finished(old) or old not in self.checkpoints()[-KEEP:]):      # finished: of an earlier run
+                old.unlink()
+
+    def checkpoints(self) -> list[Path]:
+        """From the earliest to the latest."""
+        return sorted(self.folder.glob("step_*.pt"))
+
+    def load(self) -> None:
+        """Set the parts to the latest checkpoint's state, and cut the logs to its step."""
+        paths = self.checkpoints()
+        if not paths:
+            raise InputError(f"--resume: no checkpoint in {self.folder}; leave --resume out to begin anew")
+        state = read(paths[-1], paths[-2] if len(paths) > 1 else None)
+        for field, value in asdict(self.config).items():
+            before = state["config"].get(field)
+            if field not in FREE and before != value:
+                raise InputError(f"--{field} {value}: the run in {self.folder} had {before}; pass that, or leave --resume out")
+        for name, part in self.parts.items():
+            set_state(part, state["parts"][name])
+        torch.set_rng_state(state["random"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        self.start = state["step"]
+        for path in Path(self.config.out).glob("*.jsonl"):      # what was logged after the checkpoint happens again
+            kept = [line for line in path.read_text().splitlines() if complete(line) and json.loads(line)["step"] <= self.start]
+            write_atomically(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
+
+
+def read(path: Path, previous: Path | None) -> dict:
+    """The state in a checkpoint, its checksum verified before anything in it is unpacked; no code in it is run."""
+    if not path.stem.endswith(checksum(path)):
+        remedy = f"delete it to go on from {previous.name}" if previous else "leave --resume out to begin anew"
+        raise InputError(f"{path}: damaged (its checksum does not fit its name); {remedy}")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def finished(path: Path) -> bool:
+    """Whether a checkpoint is of a run's last step."""
+    _, step, _, steps, _ = path.stem.split("_")
+    return int(step) == int(steps)
+
+
+def complete(line: str) -> bool:
+    """Whether a line of a log was written to its end."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+@contextlib.contextmanager
+def room_for(state: dict, folder: Path):
+    """Inside, a disk that is full or read-only becomes one line that says how much room is needed."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:            # torch.save raises RuntimeError where the disk is full
+        (folder / "saving").unlink(missing_ok=True)
+        need = sum(x.numel() * x.element_size() for x in tensors(state)) / 2 ** 30
+        raise InputError(f"{folder}: the checkpoint could not be written ({str(error).splitlines()[0]}); it needs {need:.2f} GiB, "
+                         f"{shutil.disk_usage(folder).free / 2 ** 30:.2f} are free. The one before it is whole: make room, then "
+                         f"--resume") from error
+
+
+def tensors(state) -> Iterator[torch.Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if torch.is_tensor(state):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from tensors(part)
+
+
+def state_of(part):
+    """What a part has to remember, in types that load without running code."""
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, random.Random):
+        return part.getstate()
+    return dict(part) if isinstance(part, dict) else part.state_dict()
+
+
+def set_state(part, state) -> None:
+    """The opposite of `state_of`."""
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    elif isinstance(part, random.Random):
+        part.setstate(state)
+    elif isinstance(part, dict):
+        part.update(state)
+    else:
+        part.load_state_dict(state)

@@ -1,0 +1,273 @@
+"""Interrupted runs go on as if nothing had happened; damaged checkpoints are named, not loaded."""
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import common
+import train_base
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from checkpoint import Stopped, load_checkpoint
+from common import InputError
+from model import GPT, GPTConfig
+
+SCRIPTS = {"base": train_base, "sft": train_sft, "rm": train_rm, "ppo": train_ppo, "dpo": train_dpo}
+
+
+def config_of(stage: str, town: Path, out: Path, **changes):
+    """A run of eight steps or so with everything in it that has a state: dropout, text, accumulation, adaptive β."""
+    text, rankings = (str(town / "data/base.txt"),), (str(town / "rank/rankings.jsonl"),)
+    fields = {
+        "base": dict(data=text, init=str(town / "base"), steps=8, batch_size=4, micro_batch=3, dropout=0.2, eval_every=3, window=32),
+        "sft": dict(data=(str(town / "data/sft.jsonl"),), init=str(town / "sft"), ptx_data=text, ptx_windows=2, ptx_window=32, epochs=2,
+                    dropout=0.2),
+        "rm": dict(data=rankings, init=str(town / "sft"), epochs=2, batch_size=4),
+        "ppo": dict(data=(str(town / "data/rl.jsonl"),), init=str(town / "sft"), reward=str(town / "rm"), ptx_data=text, ptx_windows=2,
+                    ptx_window=32, steps=6, batch_size=6, max_new_tokens=10, target_kl=0.5, horizon=50, sample_every=2, lr=1e-3),
+        "dpo": dict(data=rankings, init=str(town / "sft"), epochs=2, batch_size=4)}[stage]
+    return SCRIPTS[stage].Config(**fields | dict(out=str(out), device="cpu", dtype="float32") | changes)
+
+
+def run(stage: str, *args, **changes) -> dict:
+    return SCRIPTS[stage].train(config_of(stage, *args, **changes))
+
+
+def stop_at(monkeypatch, *steps: int) -> None:
+    """Send SIGTERM while these steps (from 1) are logged."""
+    write = common.Log.write
+
+    def write_and_stop(self, step, *args, **numbers):
+        write(self, step, *args, **numbers)
+        if step in steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(common.Log, "write", write_and_stop)
+
+
+def outcome(out: Path) -> tuple[dict, list[dict], dict]:
+    """(weights, logged rows, final numbers) without what a clock wrote."""
+    state = torch.load(out / "model.pt", weights_only=True)
+    rows = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    final = json.loads((out / "final.json").read_text())
+    timed = ("seconds", "tokens_per_second", "memory_gib")
+    return state, [{k: v for k, v in row.items() if k not in timed} for row in rows], {k: v for k, v in final.items() if k not in timed}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    (a, rows_a, final_a), (b, rows_b, final_b) = outcome(one), outcome(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert rows_a == rows_b and final_a == final_b
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_stopped_run_goes_on_bit_for_bit(stage, town, tmp_path, monkeypatch):
+    """Stopped twice by a signal, resumed twice: weights, logs and final numbers of the run that was left alone."""
+    run(stage, town, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, 5)
+        for resumed in (False, True):
+            with pytest.raises(Stopped, match="with --resume"):
+                run(stage, town, tmp_path / "cut", resume=resumed)
+    run(stage, town, tmp_path / "cut", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    start = load_checkpoint(town / ("base" if stage == "base" else "sft"), "language model")[0]
+    moved = outcome(tmp_path / "whole")[0]
+    name = "gpt.blocks.0.up.weight" if stage == "rm" else "blocks.0.up.weight"
+    assert not torch.equal(moved[name], start["blocks.0.up.weight"])             # there was something to lose
+
+
+def child(stage: str, town: Path, out: Path, training) -> None:
+    """A run in a process of its own, which says when training begins."""
+    torch.set_num_threads(1)
+    begin = common.Log.__init__
+
+    def ready(self, *args):
+        begin(self, *args)
+        training.set()
+
+    common.Log.__init__ = ready
+    run(stage, town, out, save_every=1, resume=bool(list(out.glob("resume/step_*"))))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that fork from one in which torch has been imported, and has not computed yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_run_killed_at_random_goes_on_bit_for_bit(stage, town, tmp_path, processes):
+    """kill −9 at random moments after the start of training, then again from what is there, until KILLS are done.
+
+    KILLS=20 pytest tests/test_checkpoint.py -k killed      more of them than the three of every run of the tests
+    """
+    start = time.time()
+    run(stage, town, tmp_path / "whole", save_every=1)
+    length, draw, kills, rounds = time.time() - start, random.Random(stage), 0, 0
+    while kills < int(os.environ.get("KILLS", 3)):
+        out, exitcode = tmp_path / str(rounds), None
+        rounds += 1
+        while exitcode != 0:
+            training = processes.Event()
+            process = processes.Process(target=child, args=(stage, town, out, training))
+            process.start()
+            assert training.wait(60)
+            process.join(draw.uniform(0, 0.7 * length))
+            process.kill()                                  # does nothing to one that has ended
+            process.join()
+            exitcode = process.exitcode
+            assert exitcode in (0, -signal.SIGKILL)
+            kills += exitcode != 0
+        assert_same(tmp_path / "whole", out)
+
+
+def test_resuming_needs_a_checkpoint_and_the_same_flags(town, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="no checkpoint in .*; leave --resume out"):
+        run("sft", town, tmp_path, resume=True)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stopped):
+            run("sft", town, tmp_path)
+    with pytest.raises(InputError, match="--lr 0.5: the run in .* had 0.001"):
+        run("sft", town, tmp_path, resume=True, lr=0.5)
+    with pytest.raises(InputError, match="holds an unfinished run"):
+        run("sft", town, tmp_path)
+
+
+def test_the_last_two_checkpoints_are_kept(town, tmp_path):
+    run("base", town, tmp_path, save_every=3)
+    assert [path.name.split("_")[1] for path in sorted((tmp_path / "resume").iterdir())] == ["000000006", "000000008"]
+    run("base", town, tmp_path, save_every=3)                    # a finished run is no obstacle
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "empty"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(fault, town, tmp_path, monkeypatch):
+    run("base", town, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stopped):
+            run("base", town, tmp_path / "cut", save_every=2)
+    before, last = sorted((tmp_path / "cut/resume").glob("step_*"))
+    content = bytearray(last.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 1
+    last.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-100]), "empty": b""}[fault])
+    with pytest.raises(InputError, match=f"{last.name}: damaged.*delete it to go on from {before.name}"):
+        run("base", town, tmp_path / "cut", save_every=2, resume=True)
+    last.unlink()
+    run("base", town, tmp_path / "cut", save_every=2, resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(town, tmp_path, monkeypatch):
+    save, count = torch.save, []
+
+    def full(state, path):
+        count.append(path)
+        if len(count) == 3:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.torch, "save", full)
+        with pytest.raises(InputError, match=r"it needs \d+\.\d\d GiB, .* are free. The one before it is whole"):
+            run("base", town, tmp_path / "cut", save_every=2)
+    assert [path.name.split("_")[1] for path in sorted((tmp_path / "cut/resume").iterdir())] == ["000000002", "000000004"]
+    run("base", town, tmp_path / "whole")
+    run("base", town, tmp_path / "cut", save_every=2, resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_signals_are_given_back(town, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run("base", town, tmp_path)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ----------------------------------------------------------------------------- models
+
+def save(folder: Path, value: float) -> None:
+    gpt = GPT(GPTConfig(8, 16, 1, 1, 4))
+    for parameter in gpt.parameters():
+        parameter.data.fill_(value)
+    checkpoint.save_checkpoint(folder, gpt, "language model", gpt.config, tokenizer="tinytown", value=value)
+
+
+def test_a_model_saved_over_another_is_whole_at_every_moment(tmp_path, monkeypatch):
+    """Killed before each call that touches the disk: what loads is the old model or the new one, with its own description."""
+    seen = set()
+    for moment in range(20):
+        folder = tmp_path / str(moment)
+        save(folder, 1.0)
+        calls = []
+        with monkeypatch.context() as patch:
+            for module, name in ((os, "replace"), (os, "fsync"), (torch, "save")):
+                def dying(*args, real=getattr(module, name)):
+                    calls.append(name)
+                    if len(calls) == moment + 1:
+                        raise SystemExit
+                    return real(*args)
+                patch.setattr(module, name, dying)
+            try:
+                save(folder, 2.0)
+            except SystemExit:
+                pass
+        state, description = load_checkpoint(folder, "language model")
+        assert {x.item() for tensor in state.values() for x in tensor.unique()} == {description["value"]}
+        seen.add((moment < len(calls), description["value"]))
+    assert {(True, 1.0), (True, 2.0), (False, 2.0)} == seen | {(True, 2.0)}
+
+
+@pytest.mark.parametrize("fault", ["flipped", "cut", "empty", "of another folder"])
+def test_a_damaged_model_is_refused_in_one_line(fault, tmp_path):
+    save(tmp_path / "a", 1.0)
+    save(tmp_path / "b", 2.0)
+    path = tmp_path / "a/model.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-9]), "empty": b"",
+                      "of another folder": (tmp_path / "b/model.pt").read_bytes()}[fault])
+    with pytest.raises(InputError, match="model.pt: cannot be read .*train that stage again") as caught:
+        load_checkpoint(tmp_path / "a", "language model")
+    assert "\n" not in str(caught.value)
+
+
+# ----------------------------------------------------------------------------- numbers that go wrong
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(stage, town, tmp_path, monkeypatch):
+    """Broken on the fourth step; the checkpoint of the third goes on to the end of an unbroken run."""
+    run(stage, town, tmp_path / "whole")
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    each = 4 if stage == "ppo" else 1                            # norms a step: two minibatches, two optimizers
+
+    def broken(parameters, max_norm):
+        calls.append(1)
+        return torch.tensor(float("nan")) if len(calls) == 3 * each + 1 else clip(parameters, max_norm)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+        with pytest.raises(InputError, match="gradient's norm is nan; this step was not taken. Lower --lr"
+                           + ("" if stage == "base" else r".* rows in the batch .*: \d+, \d+")):
+            run(stage, town, tmp_path / "cut", save_every=1)
+    run(stage, town, tmp_path / "cut", save_every=1, resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ppo_stops_where_it_has_run_away_or_never_ends(town, tmp_path):
+    with pytest.raises(InputError, match="nats a response, over --max_kl 1e-09.*Raise --beta"):
+        run("ppo", town, tmp_path / "kl", max_kl=1e-9, lr=0.1, value_lr=0.1)
+    with pytest.raises(InputError, match="in five rollouts no response ended.*raise --max_new_tokens"):
+        run("ppo", town, tmp_path / "endless", max_new_tokens=1, lr=0.0)
