@@ -10,26 +10,31 @@
 
 A state holds everything that changes during a run: weights, moments, loss scale, random generators, PPO's β. What is
 fixed by config and data, as the order of the batches, is computed again. So on the CPU a run that was interrupted
-anywhere and resumed ends with the same bits as one that was not.
+anywhere and resumed ends with the same bits as one that was not. Of several processes rank 0 writes, and any number of them
+can read.
 """
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from common import InputError, write_and_flush, write_atomically
+from common import InputError, read_log, write_and_flush, write_atomically
+from parallel import gathered, like, rank, share, summed, whole, world
 
 KEEP = 2                                            # checkpoints: if the last one is damaged there is one before it
-FREE = ("resume", "save_every", "device")           # fields that may differ between a run and its continuation
+FREE = ("resume", "save_every", "device", "shard")           # fields that may differ between a run and its continuation
 
 
 # ----------------------------------------------------------------------------- models
@@ -37,15 +42,18 @@ FREE = ("resume", "save_every", "device")           # fields that may differ bet
 def save_checkpoint(folder: str | Path, model: torch.nn.Module, kind: str, config, **extra) -> None:
     """Write `model.pt` (a plain dict of fp32 tensors) and `config.json` (kind, model shape, run config) to a folder."""
     folder = Path(folder)
-    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in whole(dict(model.state_dict())).items()}
+    if rank() > 0:
+        return
 
     def write(path: Path) -> None:
         torch.save(state, path)
         description = {"kind": kind, "model": asdict(model.config), "run": asdict(config), **extra, "sha256": checksum(path)}
         write_and_flush(folder / "config.json.partial", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
 
-    write_atomically(folder / "model.pt", write)             # killed here, `load_checkpoint` does the next line
-    os.replace(folder / "config.json.partial", folder / "config.json")
+    with room_for(state, folder, "model.pt", "the one that was there before is whole"):
+        write_atomically(folder / "model.pt", write)         # killed here, `load_checkpoint` does the next line
+        os.replace(folder / "config.json.partial", folder / "config.json")
 
 
 def load_checkpoint(folder: str | Path, kind: str) -> tuple[dict, dict]:
@@ -106,7 +114,7 @@ class Run:
     """
 
     def __init__(self, config, steps: int, **parts):
-        self.config, self.steps, self.parts, self.start = config, steps, parts, 0
+        self.config, self.steps, self.parts, self.start, self.lowest = config, steps, parts, 0, float("inf")
         self.folder = Path(config.out) / "resume"
         self.stop = False
         if config.resume:
@@ -114,45 +122,59 @@ class Run:
         elif (old := self.checkpoints()) and not finished(old[-1]):
             raise InputError(f"{self.folder}: holds an unfinished run ({old[-1].name}); --resume goes on with it, another --out "
                              f"leaves it alone, deleting the folder gives it up")
-        self.handlers = {number: signal.signal(number, self.told_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self.handlers = {number: signal.signal(number, self.told_to_stop) for number in signals}
 
     def told_to_stop(self, number, frame) -> None:
         """Finish the step first; the second time, end at once."""
         if self.stop:
             raise KeyboardInterrupt
         self.stop = True
-        print("\nstopping after this step (once more: at once, without saving)", file=sys.stderr)
+        if world() > 1:                     # torchrun passes on what the terminal has sent to all already
+            signal.signal(number, signal.SIG_IGN)
+        print("\nstopping after this step" + " (once more: at once, without saving)" * (world() == 1), file=sys.stderr)
 
     def after(self, step: int) -> None:
         """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, the last, and when told to stop."""
-        done = step + 1
+        done, self.stop = step + 1, summed(self.stop) > 0          # one process was told to: all stop after the same step
         every = self.config.save_every
         if self.stop or (every and (done == self.steps or done % every == 0)):
             self.save(done)
         if self.stop or done == self.steps:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
+        if self.stop and done < self.steps and rank() > 0:
+            raise SystemExit(1)                 # rank 0 says it for all
         if self.stop and done < self.steps:
             raise Stopped(f"stopped after step {done} of {self.steps}, saved in {self.folder}; to go on, run the same command "
                           f"with --resume")
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps, then remove all but the last checkpoints. The checksum is in the name."""
-        state = {"step": done, "config": asdict(self.config), "parts": {name: state_of(part) for name, part in self.parts.items()},
-                 "random": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        written = self.folder / "saving"
-        with room_for(state, self.folder):
-            torch.save(state, written)
+        drawn = (torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
+        state = {"step": done, "steps": self.steps, "stage": stage(self.config), "config": asdict(self.config), "parts": {name: state_of(part) for name, part in self.parts.items()},
+                 "lowest": self.lowest, "random": gathered([drawn])}           # "random": of each process
+        if rank() > 0:
+            return
+        with room_for(state, self.folder, "the checkpoint", "the one before it is whole: make room, then --resume"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            written = self.folder / "saving"
+            write_and_flush(written, lambda path: torch.save(state, path))
             path = self.folder / f"step_{done:09d}_of_{self.steps}_{checksum(written)}.pt"
-            write_atomically(path, lambda partial: os.replace(written, partial))
+            os.replace(written, path)
         for old in self.checkpoints():
             if old != path and (finished(old) or old not in self.checkpoints()[-KEEP:]):      # finished: of an earlier run
                 old.unlink()
 
+    def best(self, loss: float, save: Callable[[str], None]) -> None:
+        """Keep the model of the lowest held-out loss so far: `save(folder)` writes it to OUT/best."""
+        if loss < self.lowest:
+            self.lowest = loss
+            save(f"{self.config.out}/best")
+
     def checkpoints(self) -> list[Path]:
         """From the earliest to the latest."""
-        return sorted(self.folder.glob("step_*.pt"))
+        return sorted(path for path in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{9}_of_\d+_[0-9a-f]{16}", path.stem))
 
     def load(self) -> None:
         """Set the parts to the latest checkpoint's state, and cut the logs to its step."""
@@ -160,19 +182,29 @@ class Run:
         if not paths:
             raise InputError(f"--resume: no checkpoint in {self.folder}; leave --resume out to begin anew")
         state = read(paths[-1], paths[-2] if len(paths) > 1 else None)
+        if state["stage"] != stage(self.config):
+            raise InputError(f"{paths[-1]}: is of {state['stage']}.py; name the folder that {stage(self.config)}.py had as --out")
         for field, value in asdict(self.config).items():
             before = state["config"].get(field)
             if field not in FREE and before != value:
-                raise InputError(f"--{field} {value}: the run in {self.folder} had {before}; pass that, or leave --resume out")
-        for name, part in self.parts.items():
-            set_state(part, state["parts"][name])
-        torch.set_rng_state(state["random"])
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
-        self.start = state["step"]
-        for path in Path(self.config.out).glob("*.jsonl"):      # what was logged after the checkpoint happens again
-            kept = [line for line in path.read_text().splitlines() if complete(line) and json.loads(line)["step"] <= self.start]
-            write_atomically(path, lambda partial: partial.write_text("".join(line + "\n" for line in kept)))
+                raise InputError(f"--{field} {value}: the run in {self.folder} had {before}; pass that, or leave --resume out and "
+                                 f"choose another --out")
+        try:
+            for name, part in self.parts.items():
+                set_state(part, state["parts"][name])
+            if state["steps"] != self.steps:
+                raise ValueError(f"{state['steps']} steps then, {self.steps} now")
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise InputError(f"{paths[-1]}: does not fit what --init and --data hold now ({str(error).splitlines()[0]}); begin anew in "
+                             f"another --out") from error
+        for cpu, cuda in share(state["random"])[:1]:            # a process that was not there before has drawn its own
+            torch.set_rng_state(cpu)
+            if cuda is not None and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(cuda)
+        self.start, self.lowest = state["step"], state["lowest"]
+        for path in Path(self.config.out).glob("*.jsonl") if rank() == 0 else ():      # what was logged later happens again
+            kept = [row for row in read_log(path) if row["step"] <= self.start]
+            write_atomically(path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))   # noqa: B023
 
 
 def read(path: Path, previous: Path | None) -> dict:
@@ -183,31 +215,30 @@ def read(path: Path, previous: Path | None) -> dict:
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
+def stage(config) -> str:
+    """The name of the script that a config belongs to."""
+    return Path(inspect.getfile(type(config))).stem
+
+
 def finished(path: Path) -> bool:
     """Whether a checkpoint is of a run's last step."""
     _, step, _, steps, _ = path.stem.split("_")
     return int(step) == int(steps)
 
 
-def complete(line: str) -> bool:
-    """Whether a line of a log was written to its end."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
-        return False
-
-
 @contextlib.contextmanager
-def room_for(state: dict, folder: Path):
+def room_for(state: dict, folder: Path, what: str, remedy: str):
     """Inside, a disk that is full or read-only becomes one line that says how much room is needed."""
     try:
         yield
     except (OSError, RuntimeError) as error:            # torch.save raises RuntimeError where the disk is full
-        (folder / "saving").unlink(missing_ok=True)
-        need = sum(x.numel() * x.element_size() for x in tensors(state)) / 2 ** 30
-        raise InputError(f"{folder}: the checkpoint could not be written ({str(error).splitlines()[0]}); it needs {need:.2f} GiB, "
-                         f"{shutil.disk_usage(folder).free / 2 ** 30:.2f} are free. The one before it is whole: make room, then "
-                         f"--resume") from error
+        for partial in (folder / "saving", folder / "model.pt.partial", folder / "config.json.partial"):
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        need = sum(x.numel() * x.element_size() for x in tensors(state)) / 2 ** 20
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        raise InputError(f"{folder}: {what} could not be written ({str(error).splitlines()[0]}); it needs {need:,.1f} MiB and "
+                         f"{shutil.disk_usage(there).free / 2 ** 20:,.1f} are free; {remedy}") from error
 
 
 def tensors(state) -> Iterator[torch.Tensor]:
@@ -225,7 +256,7 @@ def state_of(part):
         return part.get_state()
     if isinstance(part, random.Random):
         return part.getstate()
-    return dict(part) if isinstance(part, dict) else part.state_dict()
+    return whole(dict(part) if isinstance(part, dict) else dict(part.state_dict()))
 
 
 def set_state(part, state) -> None:
@@ -236,5 +267,11 @@ def set_state(part, state) -> None:
         part.setstate(state)
     elif isinstance(part, dict):
         part.update(state)
+    elif isinstance(part, torch.optim.Optimizer):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        cut = {i: {name: like(value, parameters[i]) for name, value in moments.items()} for i, moments in state["state"].items()}
+        part.load_state_dict(state | {"state": cut})
+    elif isinstance(part, torch.nn.Module):
+        part.load_state_dict({name: like(state[name], tensor) for name, tensor in part.state_dict().items()})
     else:
         part.load_state_dict(state)

@@ -9,13 +9,19 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
+
+import parallel
+from parallel import rank, sum_gradients, summed
 
 
 class InputError(ValueError):
@@ -64,13 +70,23 @@ def check_range(config, **limits: tuple[float, float]) -> None:
 
 def main(train, config_class: type, presets: dict[str, dict] | None = None) -> None:
     """Run `train(config)` from the command line; what the person can fix is one line, not a traceback."""
+    config = parse_args(config_class, presets=presets)
     try:
-        train(parse_args(config_class, presets=presets))
+        with parallel.processes():
+            train(config)
     except InputError as error:
+        if parallel.rank() > 0:             # rank 0 may have the same to say; then torchrun ends this process meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except OSError as error:
+        sys.exit(f"error: {error}; a disk that is full or a folder that may not be written to? Make room, or choose another --out")
     except (MemoryError, RuntimeError) as error:
+        if parallel.world() > 1 and any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "onnection")):
+            sys.exit(f"error: another process of this run has ended ({str(error).splitlines()[0][:100]}); its own message says why. "
+                     f"To go on from the last checkpoint, run the same command with --resume")
         words = ("can't allocate memory", "out of memory")        # of the CPU's allocator, of MPS
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)):
             raise
@@ -88,6 +104,7 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     scaler: torch.amp.GradScaler       # does something in fp16 only, whose range would lose small gradients
+    out: Path                          # where a batch is written whose gradient is not finite
 
     def backward(self, objective: torch.Tensor) -> None:
         """Gradients of what is minimised; `optimizer_step` takes the scale off them again."""
@@ -121,7 +138,7 @@ def setup(config) -> Machine:
         raise InputError(f"--dtype {config.dtype}: expected auto, float32, bfloat16 or float16")
     dtype = names.get(config.dtype) or best_dtype(device)
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items()), file=sys.stderr)
-    return Machine(device, dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16))
+    return Machine(device, dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), Path(getattr(config, "out", "out")))
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -144,32 +161,44 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, final: fl
 
 def adamw(model: torch.nn.Module, lr: float, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves biases and gains alone; fused (0.9 M parameters: 6 times faster)."""
+    parallel.reshard(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def optimizer_step(machine: Machine, max_norm: float, rates: dict[torch.optim.Optimizer, float], rows=()) -> float:
-    """For each optimizer: clip its gradient to `max_norm`, step at its learning rate, clear. Returns the last norm before
-    clipping. In fp16 a step whose gradient overflowed is left out, and the scale halved; otherwise a gradient that is not
-    finite raises InputError before anything has moved. rows: numbers of the data rows in the batch, for that message.
+def optimizer_step(machine: Machine, max_norm: float, rates: dict[torch.optim.Optimizer, float], objective: float = 0.0,
+                   texts: Callable[[], list[str]] = list) -> float:
+    """For each optimizer: sum its gradient over processes, clip it to `max_norm`, step at its learning rate, clear. Returns the
+    last norm before clipping. Where a gradient is zero nothing moves, by momentum or decay either: the batch had no target.
+
+    An objective or gradient that is not finite raises InputError before anything has moved; `texts()`, what was in the batch, is
+    written beside the log. In fp16 gradients may overflow: then the step is left out, and the scale halved.
     """
     norms = {}
     for optimizer in rates:
-        machine.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms[optimizer] = norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-        if not (math.isfinite(norm) or machine.scaler.is_enabled()):
-            raise InputError(f"the gradient's norm is {norm}; this step was not taken. Lower --lr or raise --warmup"
-                             + (f", or look at the rows in the batch (kept rows, from 0): {', '.join(map(str, rows))}" if rows else ""))
+        sum_gradients(parameters)
+        machine.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        norms[optimizer] = float(norm if type(norm) is torch.Tensor else norm.full_tensor())       # of sharded weights
+    overflow = machine.scaler.is_enabled() and machine.scaler.get_scale() > 1
+    if not (math.isfinite(objective) and (overflow or all(map(math.isfinite, norms.values())))):
+        path = machine.out / "bad_batch.json"
+        if rank() == 0:
+            write_atomically(path, lambda partial: partial.write_text(json.dumps(texts(), indent=1, ensure_ascii=False) + "\n"))
+        raise InputError(f"objective {objective}, norm of the gradient {' and '.join(map(str, norms.values()))}: not finite, so this step was "
+                         f"not taken. The batch is in {path}. Lower --lr, raise --warmup, or use --dtype float32; --resume goes "
+                         f"on from the last checkpoint, if --save_every has left one")
     for optimizer, lr in rates.items():
         for group in optimizer.param_groups:
             group["lr"] = lr
-        machine.scaler.step(optimizer)
+        if norms[optimizer] != 0:
+            machine.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     machine.scaler.update()
-    return norm
+    return norms[optimizer]
 
 
 # ----------------------------------------------------------------------------- files
@@ -206,34 +235,54 @@ def peak_memory() -> float:
 
 def progress(total: int, title: str, unit: str, start: int = 0) -> tqdm:
     """A progress bar with the time left; every second on a terminal, twice a minute in a log file."""
-    return tqdm(total=total, initial=start, desc=title, unit=unit, dynamic_ncols=True, mininterval=1 if sys.stderr.isatty() else 30)
+    return tqdm(total=total, initial=start, desc=title, unit=unit, dynamic_ncols=True, disable=rank() > 0,
+                mininterval=1 if sys.stderr.isatty() else 30)
+
+
+def open_log(path: Path, start: int) -> TextIO:
+    """A file of JSON rows to append to, a new one unless start > 0. On all but rank 0 what is written goes nowhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path if rank() == 0 else os.devnull, "a" if start else "w")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of such a file; a last one that was cut off in the middle is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class Log:
     """`metrics.jsonl` of one run and its progress bar: one row of numbers per `write`, the key ones beside the bar."""
 
     def __init__(self, folder: str | Path, total: int, title: str, start: int = 0):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.file = open(Path(folder) / "metrics.jsonl", "a" if start else "w")
+        self.folder, self.file = Path(folder), open_log(Path(folder) / "metrics.jsonl", start)
         self.bar = progress(total, title, "step", start)
-        self.start, self.tokens = time.time(), 0
+        self.start, self.tokens, self.before = time.time(), 0, 0.0
+        if start and rank() == 0:
+            self.before = max(row["seconds"] for row in read_log(self.folder / "metrics.jsonl"))
 
     def write(self, step: int, show: tuple[str, ...] = (), **numbers: float) -> None:
         """Append a row and show the numbers named in `show` beside the progress bar."""
-        row = {"step": step, "seconds": round(time.time() - self.start, 2), **numbers}
+        row = {"step": step, "seconds": round(self.before + time.time() - self.start, 2), **numbers}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if show:
             self.bar.set_postfix({name: f"{numbers[name]:.3g}" for name in show}, refresh=False)
 
     def close(self, **final: float) -> dict:
-        """End the bar, write `final.json` with wall seconds, tokens per second and peak memory, and return those numbers."""
+        """End the bar, write `final.json` with wall seconds, tokens per second and this process's peak memory, and return those
+        numbers. Steps whose gradient was zero, as no token or pair in them was a target, are counted."""
         self.bar.close()
         self.file.close()
         seconds = time.time() - self.start
-        result = {**final, "seconds": round(seconds, 1), "tokens_per_second": round(self.tokens / seconds),
+        result = {**final, "seconds": round(self.before + seconds, 1), "tokens_per_second": round(summed(self.tokens) / seconds),
                   "memory_gib": round(peak_memory(), 2)}
-        folder = Path(self.file.name).parent
-        write_atomically(folder / "final.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+        if rank() == 0:
+            if empty := sum(row.get("grad_norm") == 0 for row in read_log(self.folder / "metrics.jsonl")):
+                result["empty_steps"] = empty
+            write_atomically(self.folder / "final.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
         print(" ".join(f"{name}={value}" for name, value in result.items()))
         return result

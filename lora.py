@@ -2,7 +2,7 @@
 
     add_lora(model, rank)         before the optimizer is made: freezes the model and adapts its blocks' matrices
     with adapters_off(model):     the model as it was: DPO's and PPO's reference without a second copy
-    merge_lora(model)             before saving: plain weights again
+    merge_lora(model)             before saving: plain weights again (`save_model` merges a copy where this was not done)
 
 B starts at zero, so at first the adapted model is the model. AdamW then keeps its two moments for A and B alone.
 
@@ -11,6 +11,7 @@ after SFT with rank 8 six responses of ten end by themselves, after SFT of all w
 begin with a model that has chat tokens; the later stages can do with adapters.
 """
 import contextlib
+import copy
 import math
 
 import torch
@@ -67,6 +68,15 @@ def merge_lora(model: nn.Module) -> None:
                 module.linear.weight += module.scale * module.b @ module.a
                 setattr(parent, name, module.linear)
     model.requires_grad_(True)
+
+
+def without_lora(model: nn.Module) -> nn.Module:
+    """A merged copy of a model with adapters; the model itself if it has none."""
+    if not any(isinstance(module, Adapted) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    merge_lora(model)
+    return model
 
 
 class Reference:

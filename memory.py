@@ -17,16 +17,16 @@ from torch import nn
 from common import Machine
 from kernels import CHUNK_ELEMENTS, CHUNK_ROWS, KEPT_ELEMENTS
 from model import GPT, RewardModel
+from parallel import local, parts, reshard, sharded
 
 GIB = 2 ** 30
 
 
 def most_tokens(batches: list[list[int]], shapes: list[tuple[int, int]], micro_batch: int = 0) -> int:
-    """Tokens of the largest forward pass, padding included. batches: of numbers of items, cut into micro-batches (0: not cut);
+    """Tokens of this process's largest forward pass, padding included. batches: of numbers of items, cut as `parts` does;
     shapes: (rows, tokens of the longest) that each item takes."""
-    parts = [batch[start:start + (micro_batch or len(batch))] for batch in batches
-             for start in range(0, len(batch), micro_batch or len(batch))]
-    return max((sum(shapes[i][0] for i in part) * max(shapes[i][1] for i in part) for part in parts), default=0)
+    return max((sum(shapes[i][0] for i in part) * max(shapes[i][1] for i in part)
+                for batch in batches for part in parts(batch, micro_batch)), default=0)
 
 
 def report_memory(machine: Machine, tokens: int, trained: list[nn.Module], frozen: list[nn.Module] = [], cached: int = 0,
@@ -36,8 +36,8 @@ def report_memory(machine: Machine, tokens: int, trained: list[nn.Module], froze
     tokens: of the largest forward pass. trained, frozen: models, which are on the device already. cached: tokens that
     generation holds. likelihood: all losses weigh log-probabilities alike, so that no probabilities are kept (kernels.py).
     """
-    weights = sum(4 * p.numel() for model in (*trained, *frozen) for p in model.parameters())
-    states = sum(12 * p.numel() for model in trained for p in model.parameters() if p.requires_grad)
+    weights = sum(4 * local(p).numel() for model in (*trained, *frozen) for p in model.parameters())
+    states = sum(12 * local(p).numel() for model in trained for p in model.parameters() if p.requires_grad)
     work = sum(activation_bytes(model, tokens, machine, likelihood) for model in trained)
     config = trained[0].config
     width = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
@@ -58,7 +58,7 @@ def activation_bytes(model: nn.Module, tokens: int, machine: Machine, likelihood
     Measured on rows of 64 tokens: attention that keeps its T × T weights, as on MPS, takes more in longer ones.
     """
     gpt: GPT = model.gpt if isinstance(model, RewardModel) else model
-    weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    weights = {local(p).untyped_storage().data_ptr() for p in gpt.parameters()}
     length = min(64, gpt.config.block_size)
 
     def kept(rows: int) -> int:
@@ -69,13 +69,16 @@ def activation_bytes(model: nn.Module, tokens: int, machine: Machine, likelihood
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), machine.autocast():
-            states = gpt.hidden(torch.zeros(rows, length, dtype=torch.long, device=machine.device))    # noqa: F841 holds the graph
+            states = (gpt.hidden if model is gpt else model.scalars)(torch.zeros(rows, length, dtype=torch.long, device=machine.device))    # noqa: F841 holds the graph
         return sum(size for pointer, size in sizes.items() if pointer not in weights)
 
     # Dropout must not draw what training would have drawn.
     with torch.random.fork_rng(devices=[machine.device] if machine.device.type == "cuda" else []):
         few, more = kept(4), kept(8)                         # what grows with the tokens, and what does not
-    size = few + (more - few) * (tokens / (4 * length) - 1)
+    size = (more - few) * tokens / (4 * length)
+    if not sharded(model):                                   # there the rest is weights that stand together for a moment
+        size += few - (more - few)
+    reshard(model)
     if model is gpt:
         V = gpt.config.vocab_size
         rows = min(tokens, max(CHUNK_ROWS, CHUNK_ELEMENTS // V))

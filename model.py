@@ -24,6 +24,7 @@ from common import InputError, progress
 from data.published import read_tokenizer, write_tokenizer
 from data.tokenizer import OWN_VOCABULARIES, Tokenizer, get_tokenizer
 from kernels import gelu, linear, token_logprobs
+from parallel import rank
 
 
 @dataclass(slots=True)
@@ -262,15 +263,17 @@ class GPT(nn.Module):
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float = 1.0, stop_token: int | None = None,
-                 generator: torch.Generator | None = None) -> list[list[int]]:
+                 generator: torch.Generator | None = None, uniforms: Tensor | None = None) -> list[list[int]]:
         """Responses to prompts of unequal lengths, each up to and including `stop_token`.
 
         temperature 0 is greedy. Plain temperature (no top_k, top_p) samples exactly the distribution that `logprobs`
-        scores at that temperature. Raises ValueError if the longest prompt and max_new_tokens exceed block_size.
+        scores at that temperature. uniforms (prompts, max_new_tokens): the random numbers in [0, 1) that choose the tokens,
+        one each, so that a response does not depend on its neighbours; without them the generator draws such numbers. Raises
+        ValueError if the longest prompt and max_new_tokens exceed block_size.
         """
         responses: list[list[int]] = [[] for _ in prompts]
         for rows, tokens in self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                        stop_token=stop_token, generator=generator):
+                                        stop_token=stop_token, generator=generator, uniforms=uniforms):
             for row, token in zip(rows, tokens):
                 responses[row].append(token)
         return responses
@@ -278,7 +281,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,
                top_k: int | None = None, top_p: float = 1.0, stop_token: int | None = None,
-               generator: torch.Generator | None = None) -> Iterator[tuple[list[int], list[int]]]:
+               generator: torch.Generator | None = None, uniforms: Tensor | None = None) -> Iterator[tuple[list[int], list[int]]]:
         """`generate`, one step at a time: yields (row indices still running, their next tokens)."""
         if not prompts or max_new_tokens <= 0:
             return
@@ -298,6 +301,8 @@ class GPT(nn.Module):
         tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in distinct], device=device)   # left-padded
         lengths = torch.tensor([len(p) for p in distinct], device=device)
         mask = torch.arange(size, device=device) >= (longest - lengths)[:, None]                    # (B, S_max)
+        if uniforms is None:
+            uniforms = torch.rand(len(prompts), max_new_tokens, device=device, generator=generator)
         rows = torch.arange(len(prompts), device=device)                 # which prompt each row of the batch is
         running = torch.ones(len(prompts), dtype=torch.bool, device=device)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.weight.dtype
@@ -310,7 +315,7 @@ class GPT(nn.Module):
             cache.take(copies)
             lengths, mask = lengths[copies], mask[copies]
             for step in range(1, max_new_tokens + 1):
-                next_tokens = sample_token(linear(states, self.output_weight), temperature, top_k, top_p, generator)
+                next_tokens = sample_token(linear(states, self.output_weight), uniforms[rows, step - 1], temperature, top_k, top_p)
                 yield rows[running].tolist(), next_tokens[running].tolist()
                 if stop_token is not None:
                     running &= next_tokens != stop_token
@@ -352,11 +357,11 @@ def before(mask: Tensor) -> Tensor:
     return F.pad(mask[:, 1:], (0, 1))
 
 
-def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: float,
-                 generator: torch.Generator | None) -> Tensor:
+def sample_token(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
     """Draw one token per row from softmax(logits / temperature), (B, V) → (B,); temperature 0 takes the largest.
 
-    top_k keeps the k largest; top_p the smallest set of largest probabilities whose sum reaches p.
+    uniforms (B,): a random number in [0, 1) for each row. top_k keeps the k largest; top_p the smallest set of largest
+    probabilities whose sum reaches p.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -373,7 +378,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, top_p: f
     # 50,304 on the CPU: 15 times faster).
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
-    u = torch.rand(len(probs), 1, device=probs.device, generator=generator) * total
+    u = uniforms[:, None] * total
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))    # rounded up to total, it would miss them all
     return torch.searchsorted(cumulative, u, right=True)[:, 0]
 
@@ -439,8 +444,10 @@ def load_reward_model(folder: str) -> tuple[RewardModel, Tokenizer]:
 
 def save_model(folder: str | Path, model: GPT | RewardModel, config, tokenizer: Tokenizer) -> None:
     """Write a checkpoint that `load_gpt` or `load_reward_model` reads; the tokenizer too, if it is not the project's own."""
-    if tokenizer.name not in OWN_VOCABULARIES:
+    from lora import without_lora
+    if tokenizer.name not in OWN_VOCABULARIES and rank() == 0:
         write_tokenizer(tokenizer, Path(folder), model.config.block_size)
+    model = without_lora(model)
     save_checkpoint(folder, model, "reward model" if isinstance(model, RewardModel) else "language model", config,
                     tokenizer=tokenizer.name)
 

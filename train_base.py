@@ -21,6 +21,7 @@ from data.tokenizer import Tokenizer, get_tokenizer
 from kernels import masked_mean
 from memory import report_memory
 from model import GPT, GPTConfig, load_gpt, save_model
+from parallel import place, share, summed, world
 
 
 @dataclass(slots=True)
@@ -47,6 +48,7 @@ class Config:
     compile: bool = False          # torch.compile: half a minute's wait, then faster steps for wide models (bench/RESULTS.md)
     save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
     resume: bool = False           # go on from the last checkpoint in out
+    shard: bool = False            # under torchrun: each process keeps a part of weights, gradients and moments
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -93,7 +95,7 @@ def text_streams(config: Config, tokenizer: Tokenizer, device) -> tuple[TextStre
 def train(config: Config) -> dict:
     """Train a model, new or from `init`, and save it. Returns the final metrics: val_loss (nats per token), seconds, …"""
     check_range(config, block_size=(2, 65536), n_layer=(1, 200), n_head=(1, 200),
-                n_embd=(2, 65536), dropout=(0, 0.99), lr=(0, 1), steps=(1, 10**9), batch_size=(1, 10**6), micro_batch=(0, 10**6))
+                n_embd=(2, 65536), dropout=(0, 0.99), lr=(0, 1), steps=(1, 10**9), batch_size=(world(), 10**6), micro_batch=(0, 10**6))
     if not config.data:
         raise InputError("--data: name one or more text files to train on")
     machine = setup(config)
@@ -102,7 +104,7 @@ def train(config: Config) -> dict:
     else:
         tokenizer = get_tokenizer(config.tokenizer)
         model = GPT(GPTConfig(config.block_size, tokenizer.vocab_size, config.n_layer, config.n_head, config.n_embd, config.dropout))
-    model.to(machine.device).train()
+    model = place(model, machine.device, config.seed, config.shard).train()
     training, held_out = text_streams(config, tokenizer, machine.device)
     window = config.window or model.config.block_size
     if not 2 <= window <= model.config.block_size:
@@ -110,7 +112,7 @@ def train(config: Config) -> dict:
     val_windows = held_out.all_windows(window, most=256)
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     generator = torch.Generator().manual_seed(config.seed)
-    micro = config.micro_batch or config.batch_size
+    micro = config.micro_batch or -(-config.batch_size // world())
     report_memory(machine, micro * window, trained=[model], likelihood=True)
     if config.compile:
         model.hidden = torch.compile(model.hidden)          # the head's chunks stay as they are
@@ -120,19 +122,21 @@ def train(config: Config) -> dict:
     for step in range(run.start, config.steps):
         tokens, mask = training.random_windows(config.batch_size, window, generator)
         step_loss = 0.0
-        for x, m in zip(tokens.split(micro), mask.split(micro)):
+        for x, m in zip(share(tokens).split(micro), share(mask).split(micro)):
             with machine.autocast():
                 logprobs, _ = model.logprobs(x, m, equal_weights=True)                      # (b, T)
                 loss = pretraining_loss(logprobs, m) * (len(x) / config.batch_size)
             machine.backward(loss)
             step_loss += loss.item()
+        step_loss = summed(step_loss)
         lr = learning_rate(step, config.steps, config.lr, config.warmup)
-        norm = optimizer_step(machine, config.max_norm, {optimizer: lr})
-        log.tokens += tokens.numel()
+        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, step_loss, lambda: list(map(tokenizer.decode, tokens.tolist())))
+        log.tokens += share(tokens).numel()
         numbers = {"loss": step_loss, "lr": lr, "grad_norm": norm}
         if (step + 1) % config.eval_every == 0:
             with machine.autocast():
                 numbers["val_loss"] = evaluate(model, val_windows)
+            run.best(numbers["val_loss"], lambda folder: save_model(folder, model, config, tokenizer))
         log.write(step + 1, show=("loss",), **numbers)
         log.bar.update()
         run.after(step)

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from checkpoint import Run
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
-from data.batches import RankingBatch, buckets, group_size, packed_shape, ranking_batch, ranking_splits
+from data.batches import RankingBatch, buckets, even, group_size, packed_shape, ranking_batch, ranking_splits
 from lora import add_lora, merge_lora
 from memory import most_tokens, report_memory
 from model import GPT, load_gpt, save_model
+from parallel import gathered, parts, place, summed
 from train_rm import better_pairs
 
 
@@ -49,8 +50,10 @@ class Config:
     lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     weight_decay: float = 0.0
     max_norm: float = 1.0          # gradient clipping (paper: 10)
+    eval_every: int = 0            # steps between looks at the held-out loss, whose best model stays in out/best; 0: at the end
     save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
     resume: bool = False           # go on from the last checkpoint in out
+    shard: bool = False            # under torchrun: each process keeps a part of weights, gradients and moments
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -140,38 +143,35 @@ def train(config: Config) -> dict:
         raise InputError("--init: name the folder of an SFT checkpoint: the policy's start and its reference")
     machine = setup(config)
     policy, tokenizer = load_gpt(config.init)            # no dropout: it would add noise to every log-ratio
-    policy.to(machine.device).eval()
-    draw = random.Random(config.seed)
-
     if config.lora_rank:
         add_lora(policy, config.lora_rank)
+    policy = place(policy, machine.device, config.seed, config.shard).eval()
+    draw = random.Random(config.seed)
     limit = min(config.max_tokens or policy.config.block_size, policy.config.block_size)
     (rankings, groups), val_split = ranking_splits(config.data, config.val, tokenizer, limit, config.fold)
 
     def batch_of(indices):
         return ranking_batch([rankings[i] for i in indices], [groups[i] for i in indices], tokenizer.pad, machine.device)
 
-    micro = config.micro_batch or config.batch_size
-    sizes = [group_size(group) for group in groups]
-    steps = [[indices[start:start + micro] for start in range(0, len(indices), micro)]      # forward passes of each step
-             for indices in buckets(sizes, config.batch_size, draw)]
+    batches = even(buckets([group_size(group) for group in groups], config.batch_size, draw), config.shard)
+    passes = [parts(indices, config.micro_batch) for indices in batches]                    # this process's of each batch
     val_batches = [ranking_batch(*part, tokenizer.pad, machine.device)
                    for part in zip(*([split[i:i + 32] for i in range(0, len(split), 32)] for split in val_split))]
     with machine.autocast():
-        references = [reference_logprobs(policy, map(batch_of, parts)) for parts in steps]  # (B, K) each
+        references = [reference_logprobs(policy, map(batch_of, mine)) for mine in passes]   # (B, K) each
         val_references = reference_logprobs(policy, val_batches)
 
-    order = [number for _ in range(config.epochs) for number in draw.sample(range(len(steps)), len(steps))]
+    order = [number for _ in range(config.epochs) for number in draw.sample(range(len(batches)), len(batches))]
     optimizer = adamw(policy, config.lr, weight_decay=config.weight_decay)
     shapes = [packed_shape(*group) for group in groups]
-    report_memory(machine, most_tokens([part for parts in steps for part in parts], shapes), trained=[policy])
+    report_memory(machine, most_tokens(batches, shapes, config.micro_batch), trained=[policy])
     run = Run(config, len(order), model=policy, optimizer=optimizer, scaler=machine.scaler)
     log = Log(config.out, len(order), "dpo", run.start)
 
     for step, number in list(enumerate(order))[run.start:]:
-        micro_batches, step_loss, pairs = list(map(batch_of, steps[number])), 0.0, []
-        untied = sum(batch.untied for batch in micro_batches)
-        for batch, reference in zip(micro_batches, references[number]):
+        untied = max(1, sum(rankings[i].untied for i in batches[number]))                   # rankings in the step that hold a pair
+        step_loss, pairs = 0.0, []
+        for batch, reference in zip(map(batch_of, passes[number]), references[number]):
             with machine.autocast():
                 logprobs = response_logprobs(policy, batch)                                 # (B, K)
             loss, numbers = ranking_dpo_loss(logprobs, reference, batch.scores, batch.mask, config.beta, config.label_smoothing)
@@ -180,12 +180,19 @@ def train(config: Config) -> dict:
             loss = loss * (batch.untied / untied)
             machine.backward(loss)
             step_loss += loss.item()
-            pairs.append(numbers)
+            pairs.append(numbers.cpu())
             log.tokens += batch.tokens.numel()
+        step_loss, pairs = summed(step_loss), gathered(pairs)
         lr = learning_rate(step, len(order), config.lr, config.warmup)
-        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, sum(steps[number], []))
-        log.write(step + 1, show=("loss", "accuracy", "margin"), loss=step_loss, **summary(torch.cat(pairs, dim=1)),
-                  lr=lr, grad_norm=norm)
+        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, step_loss, lambda: [
+            tokenizer.decode(prompt + sum(responses, [])) for prompt, responses in map(groups.__getitem__, batches[number])])
+        numbers = {"loss": step_loss, **summary(torch.cat(pairs, dim=1)), "lr": lr, "grad_norm": norm}
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            with machine.autocast():
+                held_out = evaluate(policy, val_batches, val_references, config.beta)
+            numbers |= {f"val_{name}": value for name, value in held_out.items()}
+            run.best(held_out["loss"], lambda folder: save_model(folder, policy, config, tokenizer))
+        log.write(step + 1, show=("loss", "accuracy", "margin"), **numbers)
         log.bar.update()
         run.after(step)
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import Run
-from common import InputError, Log, Machine, adamw, check_range, learning_rate, main, optimizer_step, setup
+from common import InputError, Log, Machine, adamw, check_range, learning_rate, main, open_log, optimizer_step, setup
 from data.batches import by_length, pad_rows, prompt_rows, response_row
 from data.readers import read_prompts
 from data.text import text_stream
@@ -39,6 +39,7 @@ from kernels import masked_mean
 from lora import Reference, add_lora, merge_lora
 from memory import report_memory
 from model import GPT, RewardModel, before, load_gpt, load_reward_model, save_model
+from parallel import gathered, place, share, summed, together, world
 from train_base import pretraining_loss
 
 # A reward is any function of (conversations, response texts) that returns one number for each.
@@ -80,6 +81,7 @@ class Config:
     sample_every: int = 20         # rollouts between printed samples
     save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
     resume: bool = False           # go on from the last checkpoint in out
+    shard: bool = False            # under torchrun: each process keeps a part of weights, gradients and moments
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -240,7 +242,7 @@ def split(lengths: list[int], minibatches: int, micro_batch: int, device) -> lis
     """
     cut = []
     for rows in torch.arange(len(lengths)).tensor_split(minibatches):
-        rows = rows.tolist()
+        rows = share(rows.tolist())
         parts = by_length([lengths[i] for i in rows], micro_batch or len(rows))
         cut.append([(torch.tensor([rows[i] for i in part], device=device), slice(max(lengths[rows[i]] for i in part)))
                     for part in parts])
@@ -268,21 +270,24 @@ def rollout(policy: GPT, ref_policy: GPT, value_model: RewardModel, reward: Rewa
     """Sample one response to each prompt and score it. Log-probabilities are computed in the parts of training, so that
     the first update sees exactly these numbers again (ratio ≡ 1).
     """
-    responses = policy.generate(prompts, config.max_new_tokens, temperature=config.temperature, stop_token=tokenizer.end,
-                                generator=generator)
+    device = generator.device
+    uniforms = torch.rand(len(prompts), config.max_new_tokens, generator=generator, device=device)
+    with together(policy):
+        responses = gathered(policy.generate(share(prompts), config.max_new_tokens, temperature=config.temperature,
+                                             stop_token=tokenizer.end, uniforms=share(uniforms)))
     texts, ended = map(list, zip(*(tokenizer.response_text(response) for response in responses)))
-    device = policy.wte.weight.device
-    scores = torch.tensor(reward(conversations, texts), dtype=torch.float32, device=device)
+    scores = torch.tensor(gathered(list(reward(share(conversations), share(texts)))), dtype=torch.float32, device=device)
     scores = torch.where(torch.tensor(ended, device=device), scores, config.missing_end_score)
     tokens, mask, lengths = pad_rows([response_row(p, r) for p, r in zip(prompts, responses)], tokenizer.pad, device)
     minibatches = split(lengths.tolist(), config.minibatches, config.micro_batch, device)
-    logprobs, ref_logprobs, entropy, values = torch.zeros(4, *tokens.shape, device=device)
+    numbers = torch.zeros(4, *tokens.shape, device=device)
+    logprobs, ref_logprobs, entropy, values = numbers
     for rows, columns in (part for parts in minibatches for part in parts):
         x, m = tokens[rows, columns], mask[rows, columns]                                   # (b, t)
         logprobs[rows, columns], entropy[rows, columns] = policy.logprobs(x, m, config.temperature)
         ref_logprobs[rows, columns], _ = ref_policy.logprobs(x, m, config.temperature)
         values[rows, columns] = state_values(value_model, x, m)
-    return Rollout(minibatches, texts, ended, scores, tokens, mask, logprobs, ref_logprobs, entropy, values)
+    return Rollout(minibatches, texts, ended, scores, tokens, mask, *summed(numbers))
 
 
 def state_values(value_model: RewardModel, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -320,7 +325,7 @@ def check_health(numbers: dict[str, float], memory: dict, config: Config) -> Non
 def update(machine: Machine, policy: GPT, value_model: RewardModel, batch: Rollout, parts: list[Part], advantages: Tensor,
            returns: Tensor, config: Config) -> dict[str, Tensor]:
     """Gradients of L_π + c_V L_V on one minibatch of a rollout; returns what the log shows."""
-    total, shown = sum(batch.mask[rows].sum() for rows, _ in parts), []
+    total, shown = summed(sum(batch.mask[rows].sum() for rows, _ in parts)), []
     for part in parts:
         mask, old_logprobs, old_values = batch.mask[part], batch.logprobs[part], batch.values[part]   # (b, t)
         logprobs, _ = policy.logprobs(batch.tokens[part], mask, config.temperature)         # (b, t)
@@ -351,10 +356,10 @@ def first_sample(step: int, messages: list[dict], batch: Rollout) -> str:
 
 def train(config: Config, reward: Reward | None = None) -> dict:
     """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
-    check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size),
+    check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size // world()),
                 micro_batch=(0, 10**6), inner_epochs=(1, 100), max_new_tokens=(1, 10**5), temperature=(0.01, 10),
                 beta=(0, 100), target_kl=(0, 10**4), max_kl=(0, 10**6), gamma=(0, 1), lam=(0, 1), cliprange=(0, 10),
-                cliprange_value=(0, 10**6), ptx_coef=(0, 10**4), ptx_windows=(1, 10**6), ptx_window=(2, 10**6),
+                cliprange_value=(0, 10**6), ptx_coef=(0, 10**4), ptx_windows=(world(), 10**6), ptx_window=(2, 10**6),
                 lr=(0, 1), value_lr=(0, 1), lora_rank=(0, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
@@ -364,16 +369,16 @@ def train(config: Config, reward: Reward | None = None) -> dict:
         raise InputError("--ptx_data: name the pretraining text, or set --ptx_coef 0 for PPO without the mix")
     machine = setup(config)
     policy, tokenizer = load_gpt(config.init)            # no dropout anywhere: the ratio would not start at 1
-    policy.to(machine.device).eval()
     reward_model = None
     if reward is None:
         reward, reward_model = load_reward(config.reward, tokenizer.name, machine.device)
     value_model = copy.deepcopy(reward_model) if reward_model else RewardModel(copy.deepcopy(policy))
-    value_model.to(machine.device).requires_grad_(True).eval()
+    value_model.requires_grad_(True)
+    ref_policy = Reference(policy) if config.lora_rank else copy.deepcopy(policy).requires_grad_(False).eval().to(machine.device)
     if config.lora_rank:
         add_lora(policy, config.lora_rank)
         add_lora(value_model.gpt, config.lora_rank)
-    ref_policy = Reference(policy) if config.lora_rank else copy.deepcopy(policy).requires_grad_(False)
+    policy, value_model = (place(model, machine.device, config.seed, config.shard).eval() for model in (policy, value_model))
     room = policy.config.block_size - config.max_new_tokens
     conversations, prompts = prompt_rows(read_prompts(*config.data), tokenizer, room)
     text = text_stream(config.ptx_data, tokenizer, machine.device) if config.ptx_coef > 0 else None
@@ -392,7 +397,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     run = Run(config, config.steps, policy=policy, value_model=value_model, draw=draw, generator=generator, memory=memory,
               text_generator=text_generator, scaler=machine.scaler, **dict(zip(("optimizer", "value_optimizer"), optimizers)))
     log = Log(config.out, config.steps, "ppo", run.start)
-    rollouts = open(Path(config.out) / "rollouts.jsonl", "a" if run.start else "w")
+    rollouts = open_log(Path(config.out) / "rollouts.jsonl", run.start)
 
     for step in range(run.start, config.steps):
         beta = memory["beta"]
@@ -417,22 +422,23 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                         raise RuntimeError(f"step {step + 1}: the first minibatch's ratio is off 1 by "
                                            f"{shown['ratio_error']:.2g}; old log-probabilities are not the policy's")
                     if text:
-                        tokens, mask = text.random_windows(config.ptx_windows, config.ptx_window, text_generator)
+                        tokens, mask = map(share, text.random_windows(config.ptx_windows, config.ptx_window, text_generator))
                         logprobs, _ = policy.logprobs(tokens, mask, equal_weights=True)
-                        shown["pretraining_loss"] = pretraining_loss(logprobs, mask)
+                        shown["pretraining_loss"] = pretraining_loss(logprobs, mask) * (len(tokens) / config.ptx_windows)
                         machine.backward(config.ptx_coef * shown["pretraining_loss"])
                         log.tokens += tokens.numel()
                 optimizer_step(machine, config.max_norm, {
-                    optimizer: learning_rate(count, updates, peak, config.warmup) for optimizer, peak in optimizers.items()}, chosen)
+                    optimizer: learning_rate(count, updates, peak, config.warmup) for optimizer, peak in optimizers.items()},
+                    summed((shown["policy_loss"] + shown["value_loss"]).item()), lambda: list(map(tokenizer.decode, batch.tokens.tolist())))
                 learned.append(shown)
-        numbers |= {name: torch.stack([row[name].detach() for row in learned]).mean().item() for name in learned[0]}
+        numbers |= {name: summed(torch.stack([row[name].detach() for row in learned]).mean()).item() for name in learned[0]}
         numbers.pop("ratio_error")
         if config.target_kl > 0:
             memory["beta"] = adapted_beta(beta, numbers["kl"], config.target_kl, config.batch_size, config.horizon)
         record(rollouts, step + 1, [conversations[i] for i in chosen], batch)
         if (step + 1) % config.sample_every == 0:
             log.bar.write(first_sample(step + 1, conversations[chosen[0]], batch), file=sys.stderr)
-        log.tokens += batch.tokens.numel()
+        log.tokens += batch.tokens.numel() // world()
         log.write(step + 1, show=("score", "kl", "entropy", "length", "end_rate"), **numbers)
         log.bar.update()
         memory["history"].append(numbers)

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from checkpoint import Run
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
-from data.batches import (Group, RankingBatch, Row, buckets, by_length, demonstration_rows, group_size, packed_shape, pad_rows,
-                          ranking_batch, ranking_groups, ranking_splits, response_row)
+from data.batches import (Group, RankingBatch, Row, buckets, by_length, demonstration_rows, even, group_size, packed_shape,
+                          pad_rows, ranking_batch, ranking_groups, ranking_splits, response_row)
 from data.readers import Ranking, read_demonstrations, read_rankings
 from lora import add_lora, merge_lora
 from memory import most_tokens, report_memory
 from model import RewardModel, load_gpt, save_model
+from parallel import parts, place, summed
 
 
 @dataclass(slots=True)
@@ -49,8 +50,10 @@ class Config:
     lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     weight_decay: float = 0.0
     max_norm: float = 1.0          # gradient clipping
+    eval_every: int = 0            # steps between looks at the held-out loss, whose best model stays in out/best; 0: at the end
     save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
     resume: bool = False           # go on from the last checkpoint in out
+    shard: bool = False            # under torchrun: each process keeps a part of weights, gradients and moments
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -147,26 +150,31 @@ def train(config: Config) -> dict:
         raise InputError("--data: name one or more files of rankings or preference pairs")
     machine = setup(config)
     gpt, tokenizer = load_gpt(config.init)
-    model = RewardModel(gpt).to(machine.device)
+    model = RewardModel(gpt)
     if config.lora_rank:
         add_lora(gpt, config.lora_rank)
+    model = place(model, machine.device, config.seed, config.shard)
     limit = min(config.max_tokens or gpt.config.block_size, gpt.config.block_size)
     (rankings, groups), val = ranking_splits(config.data, config.val, tokenizer, limit, config.fold)
     draw = random.Random(config.seed)
     sizes = [group_size(group) for group in groups]
-    batches = [batch for _ in range(config.epochs) for batch in buckets(sizes, config.batch_size, draw)]
+    batches = even([batch for _ in range(config.epochs) for batch in buckets(sizes, config.batch_size, draw)], config.shard)
+    if config.demonstrations:
+        reference = demonstration_rows(read_demonstrations(config.demonstrations), tokenizer, limit)[:1000]
+    else:
+        reference = [response_row(prompt, max(zip(ranking.scores, responses), key=lambda pair: pair[0])[1])
+                     for ranking, (prompt, responses) in zip(rankings, groups)][:1000]
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
-    report_memory(machine, most_tokens(batches, [packed_shape(*group) for group in groups], config.micro_batch), trained=[model])
+    shapes = [packed_shape(*group) for group in groups]
+    report_memory(machine, most_tokens(batches, shapes, config.micro_batch), trained=[model])
     run = Run(config, len(batches), model=model, optimizer=optimizer, scaler=machine.scaler)
     log = Log(config.out, len(batches), "reward model", run.start)
 
     for step, indices in list(enumerate(batches))[run.start:]:
-        micro = config.micro_batch or len(indices)
+        untied = max(1, sum(rankings[i].untied for i in indices))         # rankings in the whole step that hold a pair
         step_loss, hits, pairs = 0.0, 0.0, 0
-        micro_batches = [ranking_batch([rankings[i] for i in part], [groups[i] for i in part], tokenizer.pad, machine.device)
-                         for part in (indices[start:start + micro] for start in range(0, len(indices), micro))]
-        untied = max(1, sum(batch.untied for batch in micro_batches))     # rankings in the step that hold a pair
-        for batch in micro_batches:
+        for part in parts(indices, config.micro_batch):
+            batch = ranking_batch([rankings[i] for i in part], [groups[i] for i in part], tokenizer.pad, machine.device)
             with machine.autocast():
                 rewards = ranking_rewards(model, batch)                                     # (B, K)
             loss = ranking_loss(rewards, batch.scores, batch.mask, batch.margin) * (batch.untied / untied)
@@ -175,19 +183,22 @@ def train(config: Config) -> dict:
             right, count = ranking_accuracy(rewards.detach(), batch.scores, batch.mask)
             hits, pairs = hits + right, pairs + count
             log.tokens += batch.tokens.numel()
+        step_loss, hits, pairs = map(summed, (step_loss, hits, pairs))
         lr = learning_rate(step, len(batches), config.lr, config.warmup)
-        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, indices)
-        log.write(step + 1, show=("loss", "accuracy"), loss=step_loss, accuracy=hits / max(1, pairs), lr=lr, grad_norm=norm)
+        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, step_loss,
+                              lambda: [tokenizer.decode(prompt + sum(responses, [])) for prompt, responses in map(groups.__getitem__, indices)])
+        numbers = {"loss": step_loss, "accuracy": hits / max(1, pairs), "lr": lr, "grad_norm": norm}
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            with machine.autocast():
+                set_bias(model, reference, tokenizer.pad, machine.device)
+                numbers |= {f"val_{name}": value for name, value in evaluate(model, *val, tokenizer.pad, machine.device).items()}
+            run.best(numbers["val_loss"], lambda folder: save_model(folder, model, config, tokenizer))
+        log.write(step + 1, show=("loss", "accuracy"), **numbers)
         log.bar.update()
         run.after(step)
 
-    if config.demonstrations:
-        reference = demonstration_rows(read_demonstrations(config.demonstrations), tokenizer, limit)[:1000]
-    else:
-        reference = [response_row(prompt, max(zip(ranking.scores, responses), key=lambda pair: pair[0])[1])
-                     for ranking, (prompt, responses) in zip(rankings, groups)]
     with machine.autocast():
-        set_bias(model, reference[:1000], tokenizer.pad, machine.device)
+        set_bias(model, reference, tokenizer.pad, machine.device)
         final = evaluate(model, *val, tokenizer.pad, machine.device)
         if config.clean:
             clean = ranking_groups(read_rankings(config.clean), tokenizer, limit)

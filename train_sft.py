@@ -20,13 +20,14 @@ from torch import Tensor
 
 from checkpoint import Run
 from common import InputError, Log, adamw, check_range, learning_rate, main, optimizer_step, setup
-from data.batches import Row, buckets, demonstration_rows, pad_rows
+from data.batches import Row, buckets, demonstration_rows, even, pad_rows
 from data.readers import read_demonstrations
 from data.text import text_stream
 from kernels import masked_mean
 from lora import add_lora, merge_lora
 from memory import most_tokens, report_memory
 from model import GPT, load_gpt, save_model
+from parallel import parts, place, share, summed, world
 from train_base import pretraining_loss
 
 
@@ -50,8 +51,10 @@ class Config:
     weight_decay: float = 0.1      # LIMA
     dropout: float = 0.0           # residual dropout of the last block, rising linearly from the first (LIMA: 0.3)
     max_norm: float = 1.0          # gradient clipping
+    eval_every: int = 0            # steps between looks at the held-out loss, whose best model stays in out/best; 0: at the end
     save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
     resume: bool = False           # go on from the last checkpoint in out
+    shard: bool = False            # under torchrun: each process keeps a part of weights, gradients and moments
     seed: int = 1
     device: str = "auto"           # auto, cuda, mps, cpu
     dtype: str = "auto"            # auto, float32, bfloat16, float16
@@ -91,14 +94,14 @@ def evaluate(model: GPT, rows: list[Row], pad: int, device, batch_size: int = 64
 def train(config: Config) -> dict:
     """Fine-tune and save. Returns the final metrics: val_loss (nats per response token), seconds, …"""
     check_range(config, epochs=(1, 10**4), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6), dropout=(0, 0.99),
-                ptx_windows=(1, 10**6), ptx_window=(2, 10**6), max_tokens=(0, 10**7), lora_rank=(0, 10**5))
+                ptx_windows=(world(), 10**6), ptx_window=(2, 10**6), max_tokens=(0, 10**7), lora_rank=(0, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of demonstrations")
     machine = setup(config)
     model, tokenizer = load_gpt(config.init, config.dropout)
-    model.to(machine.device).train()
     if config.lora_rank:
         add_lora(model, config.lora_rank)
+    model = place(model, machine.device, config.seed, config.shard).train()
     limit = min(config.max_tokens or model.config.block_size, model.config.block_size)
     rows = demonstration_rows(read_demonstrations(*config.data), tokenizer, limit)
     if config.val:
@@ -109,7 +112,7 @@ def train(config: Config) -> dict:
     text_generator = torch.Generator().manual_seed(config.seed)
     lengths = [len(tokens) for tokens, _ in rows]
     draw = random.Random(config.seed)
-    batches = [batch for _ in range(config.epochs) for batch in buckets(lengths, config.batch_size, draw)]
+    batches = even([batch for _ in range(config.epochs) for batch in buckets(lengths, config.batch_size, draw)], config.shard)
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     largest = most_tokens(batches, [(1, length) for length in lengths], config.micro_batch)
     report_memory(machine, max(largest, config.ptx_windows * config.ptx_window if text else 0), trained=[model], likelihood=True)
@@ -117,27 +120,31 @@ def train(config: Config) -> dict:
     log = Log(config.out, len(batches), "sft", run.start)
 
     for step, batch in list(enumerate(batches))[run.start:]:
-        targets = sum(sum(rows[i][1]) for i in batch)                     # response tokens in the whole step
-        micro = config.micro_batch or len(batch)
+        targets = max(1, sum(sum(rows[i][1]) for i in batch))             # response tokens in the whole step
         step_loss = 0.0
-        for start in range(0, len(batch), micro):
-            tokens, mask, _ = pad_rows([rows[i] for i in batch[start:start + micro]], tokenizer.pad, machine.device)
+        for part in parts(batch, config.micro_batch):
+            tokens, mask, _ = pad_rows([rows[i] for i in part], tokenizer.pad, machine.device)
             with machine.autocast():
                 logprobs, _ = model.logprobs(tokens, mask, equal_weights=True)              # (B, T)
                 loss = sft_loss(logprobs, mask) * (mask.sum() / targets)  # sums over micro-batches to one mean
             machine.backward(loss)
             step_loss += loss.item()
             log.tokens += tokens.numel()
-        numbers = {"loss": step_loss}
+        numbers = {"loss": summed(step_loss)}
         if text:
-            tokens, mask = text.random_windows(config.ptx_windows, config.ptx_window, text_generator)
+            tokens, mask = map(share, text.random_windows(config.ptx_windows, config.ptx_window, text_generator))
             with machine.autocast():
-                loss = pretraining_loss(model.logprobs(tokens, mask, equal_weights=True)[0], mask)
+                loss = pretraining_loss(model.logprobs(tokens, mask, equal_weights=True)[0], mask) * (len(tokens) / config.ptx_windows)
             machine.backward(loss)
-            numbers["pretraining_loss"] = loss.item()
+            numbers["pretraining_loss"] = summed(loss.item())
             log.tokens += tokens.numel()
         lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr, shape="linear")
-        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, batch)
+        norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, sum(numbers.values()),
+                              lambda: [tokenizer.decode(rows[i][0]) for i in batch])
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            with machine.autocast():
+                numbers["val_loss"] = evaluate(model, val_rows, tokenizer.pad, machine.device)
+            run.best(numbers["val_loss"], lambda folder: save_model(folder, model, config, tokenizer))
         log.write(step + 1, show=tuple(numbers), **numbers, lr=lr, grad_norm=norm)
         log.bar.update()
         run.after(step)

@@ -148,7 +148,7 @@ def bucketing() -> None:
 
 def sampling() -> None:
     logits = torch.randn(16, 50304)
-    compare("a token by the inverse of the distribution: 16 × 50,304", lambda: times(4, lambda: sample_token(logits, 1.0, None, 1.0, None)),
+    compare("a token by the inverse of the distribution: 16 × 50,304", lambda: times(4, lambda: sample_token(logits, torch.rand(len(logits)), 1.0, None, 1.0)),
             lambda: times(4, lambda: torch.multinomial(logits.softmax(-1), 1)), 64, "tokens/s")
 
 

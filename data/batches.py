@@ -9,6 +9,7 @@ from torch import Tensor
 from common import InputError
 from data.readers import Ranking, read_rankings
 from data.tokenizer import Tokenizer
+from parallel import world
 
 Row = tuple[list[int], list[bool]]              # token ids and response mask of one sequence, aligned
 Group = tuple[list[int], list[list[int]]]       # ids of a prompt, and of each of its K responses, end token included
@@ -39,6 +40,17 @@ def buckets(lengths: list[int], batch_size: int, draw: random.Random) -> list[li
         batches += [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
     draw.shuffle(batches)
     return batches
+
+
+def even(batches: list[list[int]], shard: bool) -> list[list[int]]:
+    """The batches of a run. With shard, all processes must compute the same number of passes: what does not divide by their number
+    is left out of each batch, and InputError raised if nothing remains."""
+    if not shard or world() == 1:
+        return batches
+    kept = [batch[:len(batch) // world() * world()] for batch in batches if len(batch) >= world()]
+    if not kept:
+        raise InputError(f"--shard: no batch holds a row for each of the {world()} processes; raise --batch_size")
+    return kept
 
 
 def by_length(lengths: list[int], batch_size: int) -> list[list[int]]:
@@ -90,7 +102,7 @@ def read_untied(*paths: str) -> list[Ranking]:
     """The rankings of these files that hold a pair. Those whose responses are all tied are counted on stderr and left out;
     InputError if that leaves none."""
     rankings = read_rankings(*paths)
-    kept = [ranking for ranking in rankings if len(set(ranking.scores)) > 1]
+    kept = [ranking for ranking in rankings if ranking.untied]
     if len(kept) < len(rankings):
         print(f"{len(rankings)} rankings: {len(rankings) - len(kept)} left out, all their responses tied", file=sys.stderr)
     if not kept:
@@ -196,4 +208,4 @@ def ranking_batch(rankings: list[Ranking], groups: list[Group], pad: int, device
     sees = (part[:, :, None] == part[:, None, :]) | (part == 0)[:, None, :]                 # (R, T, T)
     return RankingBatch(tokens, positions, sees, response_mask.bool(), cell, ends.bool(), scores.to(device),
                         mask.to(device), torch.tensor([[ranking.margin] for ranking in rankings], device=device),
-                        sum(len(set(ranking.scores)) > 1 for ranking in rankings))
+                        sum(ranking.untied for ranking in rankings))

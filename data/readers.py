@@ -60,6 +60,11 @@ class Ranking:
     scores: list[float]      # K, higher = better, ties allowed
     margin: float = 0.0      # Llama 2's m(r), in units of reward; 0 where the row gives none
 
+    @property
+    def untied(self) -> bool:
+        """Whether any response is better than another."""
+        return len(set(self.scores)) > 1
+
 
 # ----------------------------------------------------------------------------- the four readers
 

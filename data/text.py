@@ -14,6 +14,7 @@ from torch import Tensor
 from common import InputError, progress, write_atomically
 from data.readers import read_text
 from data.tokenizer import Tokenizer
+from parallel import rank_0_first
 
 CACHE = Path("out/tokens")
 SLICE = 2 ** 24                # ids that are searched for marks at once
@@ -95,8 +96,9 @@ def folder_ids(folder: Path, tokenizer: Tokenizer) -> np.ndarray:
                     ids_of(document, tokenizer).tofile(out)
                 bar.update(size)
 
-    if not cached.exists():
-        write_atomically(cached, write)
+    with rank_0_first():
+        if not cached.exists():
+            write_atomically(cached, write)
     return np.memmap(cached, id_type(tokenizer), mode="r")
 
 

@@ -296,14 +296,14 @@ def test_top_k_and_top_p_renormalise_the_set_they_keep(keywords):
 def test_no_token_of_probability_zero_is_drawn(monkeypatch):
     logits = torch.full((20_000, 9), -math.inf)
     logits[:, [2, 3, 6]] = torch.tensor([0.0, 1.0, -1.0])
-    drawn = sample_token(logits, 1.0, None, 1.0, torch.Generator().manual_seed(0))
+    drawn = sample_token(logits, torch.rand(len(logits), generator=torch.Generator().manual_seed(0)), 1.0, None, 1.0)
     assert set(drawn.tolist()) == {2, 3, 6}
     # The two ends of the uniform distribution, which 20,000 draws do not reach; 1 stands for a product rounded up.
     for u in (0.0, 1 - 2 ** -24, 1.0):
         monkeypatch.setattr(torch, "rand", lambda *shape, u=u, dtype=None, **_: torch.full(shape, u, dtype=dtype))
-        assert set(sample_token(logits, 1.0, None, 1.0, None).tolist()) <= {2, 3, 6}
-        assert set(sample_token(logits, 1.0, 2, 1.0, None).tolist()) <= {2, 3}
-        assert set(sample_token(logits, 1.0, None, 0.5, None).tolist()) == {3}
+        assert set(sample_token(logits, torch.rand(len(logits)), 1.0, None, 1.0).tolist()) <= {2, 3, 6}
+        assert set(sample_token(logits, torch.rand(len(logits)), 1.0, 2, 1.0).tolist()) <= {2, 3}
+        assert set(sample_token(logits, torch.rand(len(logits)), 1.0, None, 0.5).tolist()) == {3}
 
 
 def test_best_of_n_has_the_distribution_of_an_order_statistic():

@@ -18,7 +18,7 @@ import train_rm
 import train_sft
 from checkpoint import load_checkpoint
 from common import InputError, learning_rate, parse_args
-from data import rank, tinytown
+from data import tinytown
 from model import load_gpt, load_reward_model
 
 ROOT = Path(__file__).parent.parent

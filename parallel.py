@@ -1,0 +1,187 @@
+"""Several processes, one run: `torchrun --nproc_per_node=2 train_sft.py …` trains what one process would have trained.
+
+    share(batch)          the rows of a step's batch that this process computes
+    summed(number)        a sum, over all processes, of what each computed from its rows
+    gathered(items)       the opposite of `share`: what the processes made of their rows, back in order
+    place(model, …)       a model on this process's device; with --shard, only this process's part of it
+
+Every process reads the same data and draws the same random numbers, so each knows the whole batch of a step and divides its
+loss by the whole batch's tokens, pairs or windows; gradients are then sums over processes (`sum_gradients`), not means. Rank 0
+alone writes. In a run of one process all of this does nothing.
+"""
+import contextlib
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ           # by torchrun
+if LAUNCHED:                                             # almost a second, for which a single process need not wait
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def world() -> int:
+    """How many processes this run has."""
+    return dist.get_world_size() if LAUNCHED and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if LAUNCHED and dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def processes():
+    """Inside, the processes that torchrun has started know each other: gloo between CPUs, NCCL between GPUs. Only rank 0 talks."""
+    if not LAUNCHED:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group()
+    streams = sys.stdout, sys.stderr
+    try:
+        if rank() > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        yield
+        dist.destroy_process_group()
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Inside, rank 0 is through before the others begin: for files that the first one makes and the others find."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
+
+
+# ----------------------------------------------------------------------------- rows and numbers
+
+def share(rows):
+    """This process's rows of a list or tensor: every world-th one. One more than others have, or one fewer, is fine."""
+    return rows[rank()::world()]
+
+
+def parts(rows: list, size: int) -> list[list]:
+    """This process's share of a step's rows, in forward passes of up to `size` rows (0: all at once)."""
+    mine = share(rows)
+    return [mine[start:start + (size or len(mine))] for start in range(0, len(mine), size or len(mine) or 1)]
+
+
+def gathered(items: list) -> list:
+    """The items of all processes in the order in which `share` dealt them out."""
+    if world() == 1:
+        return items
+    lists = [None] * world()
+    dist.all_gather_object(lists, items)
+    return [part[i] for i in range(max(map(len, lists))) for part in lists if i < len(part)]
+
+
+def summed(x):
+    """A number or tensor, summed over all processes."""
+    if world() == 1:
+        return x
+    total = x.clone() if torch.is_tensor(x) else torch.tensor(x, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total if torch.is_tensor(x) else total.item()
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum each gradient over all processes. One that is missing everywhere stays so; here alone, it counts as zero. Those of
+    sharded weights have been summed by the backward pass."""
+    if world() == 1:
+        return
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    if not whole:
+        return
+    device = whole[0].device
+    flat = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in whole]
+                     + [torch.tensor([float(p.grad is not None) for p in whole], device=device)])
+    dist.all_reduce(flat)
+    *gradients, there = flat.split([p.numel() for p in whole] + [len(whole)])
+    for p, gradient, count in zip(whole, gradients, there.tolist()):
+        p.grad = gradient.view_as(p) if count else None
+
+
+# ----------------------------------------------------------------------------- models
+
+def place(model: nn.Module, device: torch.device, seed: int, shard: bool = False) -> nn.Module:
+    """The model on this process's device, with rank 0's weights. shard: fully_shard, each process keeping its part of weights,
+    gradients and moments; blocks are put together when they compute. Dropout draws other numbers on every process."""
+    if world() == 1:
+        return model.to(device)
+    if not shard:
+        model.to(device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, 0)
+    else:
+        mesh = init_device_mesh(device.type, (world(),))
+        for block in (model.gpt if hasattr(model, "gpt") else model).blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh).to(device)
+        for method in ("hidden", "scalars"):              # where computation enters a model
+            if hasattr(model, method):
+                register_fsdp_forward_method(model, method)
+        for module in sharded(model):
+            module.set_gradient_divide_factor(1.0)        # sums, as above
+            module.set_force_sum_reduction_for_comms(True)
+    if rank() > 0:
+        torch.manual_seed(seed + rank())
+    return model
+
+
+def sharded(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model that keep their weights in pieces."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)] if world() > 1 else []
+
+
+def reshard(model: nn.Module) -> None:
+    """Take a sharded model apart again after passes without a backward pass, which leave some weights together."""
+    for module in sharded(model):
+        module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if world() > 1 and isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def together(model: nn.Module):
+    """Inside, the weights of a sharded model are whole, so that processes may call it a different number of times."""
+    modules = sharded(model)
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
+
+def whole(state):
+    """The same nested dicts and lists, sharded tensors in them put together. To be called by all processes."""
+    if world() == 1:
+        return state
+    if isinstance(state, DTensor):
+        return state.full_tensor()
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    return type(state)(map(whole, state)) if isinstance(state, (list, tuple)) else state
+
+
+def like(value: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, cut as `other` is if that is sharded."""
+    if world() > 1 and isinstance(other, DTensor) and value.shape == other.shape:
+        return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
+    return value

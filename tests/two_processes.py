@@ -1,0 +1,33 @@
+"""Started by torchrun in test_parallel.py: jobs [stage, out, changes of the config, step to be stopped at], one after the other."""
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+
+import common  # noqa: E402
+import parallel  # noqa: E402
+from test_checkpoint import run  # noqa: E402
+
+torch.set_num_threads(1)
+town, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+write = common.Log.write
+
+with parallel.processes():
+    for stage, out, changes, stop in jobs:
+        def write_and_stop(self, step, *args, stop=stop, **numbers):
+            write(self, step, *args, **numbers)
+            if step == stop and parallel.rank() == 1:            # one process alone is told
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        common.Log.write = write_and_stop
+        try:
+            run(stage, town, Path(out), **changes)
+        except common.InputError as error:
+            (Path(out) / "error").write_text(str(error))
+        except SystemExit:
+            assert parallel.rank() == 1
