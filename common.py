@@ -104,7 +104,7 @@ class Machine:
     device: torch.device
     dtype: torch.dtype
     scaler: torch.amp.GradScaler       # does something in fp16 only, whose range would lose small gradients
-    out: Path                          # where a batch is written whose gradient is not finite
+    out: Path = Path("out")            # where a batch is written whose gradient is not finite
 
     def backward(self, objective: torch.Tensor) -> None:
         """Gradients of what is minimised; `optimizer_step` takes the scale off them again."""

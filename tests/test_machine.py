@@ -136,7 +136,7 @@ def test_activations_are_those_that_a_forward_pass_leaves_behind():
             states = gpt.hidden(torch.randint(0, 500, (rows, 64)))
         left = sum(event.self_cpu_memory_usage for event in profile.key_averages())
         assert states.requires_grad
-        assert activation_bytes(RewardModel(gpt), rows * 64, machine()) == pytest.approx(left, rel=0.3 if rows == 2 else 0.1)
+        assert activation_bytes(RewardModel(gpt), rows * 64, machine()) == pytest.approx(left, rel=0.3 if rows == 2 else 0.12)
 
 
 def test_the_report_adds_up(capsys):

@@ -314,11 +314,11 @@ def test_adapters_in_every_stage(town, tmp_path):
 
 
 def test_max_tokens_drops_or_cuts_long_rows(town, tmp_path, capsys):
-    config = dict(init=str(town / "sft"), batch_size=4, max_tokens=30)
+    config = dict(init=str(town / "sft"), batch_size=4, max_tokens=40)
     train_dpo.train(train_dpo.Config(data=(str(town / "rank/rankings.jsonl"),), out=str(tmp_path / "dpo"), **config))
-    assert "longer than 30 tokens" in capsys.readouterr().err
+    assert "longer than 40 tokens" in capsys.readouterr().err
     train_sft.train(train_sft.Config(data=(str(town / "data/sft.jsonl"),), out=str(tmp_path / "sft"), epochs=1, **config))
-    assert "cut, longer than 30 tokens" in capsys.readouterr().err
+    assert "cut, longer than 40 tokens" in capsys.readouterr().err
 
 
 def test_pretraining_goes_on_from_a_checkpoint(town, tmp_path):
