@@ -137,15 +137,15 @@ class Run:
     def after(self, step: int) -> None:
         """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, the last, and when told to stop."""
         done, self.stop = step + 1, summed(self.stop) > 0          # one process was told to: all stop after the same step
-        every = self.config.save_every
-        if self.stop or (every and (done == self.steps or done % every == 0)):
-            self.save(done)
-        if self.stop or done == self.steps:
+        every, last = self.config.save_every, done == self.steps
+        if self.stop or (every and done % every == 0) or (last and (every or summed(len(self.checkpoints())))):
+            self.save(done)                     # at the end too, so that a run that was resumed does not look unfinished
+        if self.stop or last:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-        if self.stop and done < self.steps and rank() > 0:
+        if self.stop and not last and rank() > 0:
             raise SystemExit(1)                 # rank 0 says it for all
-        if self.stop and done < self.steps:
+        if self.stop and not last:
             raise Stopped(f"stopped after step {done} of {self.steps}, saved in {self.folder}; to go on, run the same command "
                           f"with --resume")
 

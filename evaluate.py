@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import InputError, check_range, main, setup, write_atomically
+from common import InputError, check_range, main, read_log, setup, write_atomically
 from data.batches import by_length, pad_rows, prompt_rows, response_row
 from data.gold import gold_score
 from data.readers import read_prompts
@@ -133,10 +133,9 @@ def best_of_n(pool: list[list[int]], proxy: Tensor, n: int) -> tuple[list[list[i
 
 def over_optimisation(folder: Path, window: int = 5) -> list[dict[str, float]]:
     """KL, proxy and gold score along a PPO run, means over `window` rollouts; gold is computed here, afterwards."""
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_log(folder / "metrics.jsonl")
     gold: dict[int, list[float]] = {}
-    for line in (folder / "rollouts.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_log(folder / "rollouts.jsonl"):
         gold.setdefault(row["step"], []).append(gold_score(row["messages"], row["response"], row["ended"]))
     curve, window = [], min(window, len(metrics))
     for start in range(0, len(metrics) - window + 1, window):
@@ -295,7 +294,7 @@ def draw_plots(report: dict, run: Path) -> None:
     right.barh(names[::-1], [100 * r["rate"] for r in rates], xerr=[100 * r["standard_error"] for r in rates], color="tab:green")
     right.axvline(50, color="black", linewidth=1)
     right.set(title="wins against SFT, % (ties half)", xlim=(0, 100))
-    figure.savefig(run / "gold.png", dpi=120)
+    save_plot(figure, run / "gold.png")
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     titles = {"proxy": "proxy: the reward model's score (−3 without an end)", "gold": "gold: what it is worth"}
@@ -306,20 +305,25 @@ def draw_plots(report: dict, run: Path) -> None:
         axis.set(title=title, xlabel="√KL from SFT, √nats a response")
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.savefig(run / "over_optimisation.png", dpi=120)
+    save_plot(figure, run / "over_optimisation.png")
 
     curves = {"base": "loss", "sft": "loss", "rm": "accuracy", "ppo": "score", "dpo": "margin"}
     figure, axes = pyplot.subplots(1, len(curves), figsize=(15, 3), constrained_layout=True)
     for axis, (stage, key) in zip(axes, curves.items()):
         if (run / stage / "metrics.jsonl").exists():
-            values = [json.loads(line)[key] for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+            values = [row[key] for row in read_log(run / stage / "metrics.jsonl")]
             width = max(1, len(values) // 40)
             smooth = [sum(part) / len(part) for part in (values[i:i + width] for i in range(0, len(values), width))]
             axis.plot([i * width for i in range(len(smooth))], smooth)
         axis.set(title=f"{stage}: {key}", xlabel="step")
         axis.grid(alpha=0.3)
-    figure.savefig(run / "training.png", dpi=120)
+    save_plot(figure, run / "training.png")
     pyplot.close("all")
+
+
+def save_plot(figure, path: Path) -> None:
+    """Write a matplotlib figure as a PNG file, whole or not at all."""
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
+from common import write_atomically
+
 # ----------------------------------------------------------------------------- the town
 
 NAMES = ("Ada Ben Cora Dan Eve Finn Gus Hana Ida Jack Kim Leo "
@@ -507,12 +509,14 @@ def write(folder: Path, seed: int, documents: int = 60_000) -> None:
     texts = [document(draw) for _ in range(documents)]
     held_out = documents // 60
     for name, part in {"base": texts[held_out:], "base_val": texts[:held_out]}.items():
-        (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(part) + "\n")
+        text = "\n<|endoftext|>\n".join(part) + "\n"
+        write_atomically(folder / f"{name}.txt", lambda path: path.write_text(text))                             # noqa: B023
     rows = {"sft": demonstrations("sft", 10_000, seed), "sft_val": demonstrations("val", 500, seed),
             "rank": prompts("rank", 7_500, seed),
             "rank_val": prompts("val", 300, seed), "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
     for name, part in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        write_atomically(folder / f"{name}.jsonl", lambda path: path.write_text(text))                           # noqa: B023
 
 
 if __name__ == "__main__":

@@ -6,37 +6,45 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 SEED=${SEED:-1}
 OUT=${OUT:-out/tinytown}
-RL="--preset tinytown --seed $SEED --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl"
+RL="--preset tinytown --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl"
+
+# train FOLDER SCRIPT FLAGS: a stage; one that Ctrl-C stopped in that folder goes on
+train() {
+    local out=$1 resume=; shift
+    local last=$(ls "$out"/resume/step_*.pt 2> /dev/null | tail -n 1)
+    if [[ $last =~ step_0*([0-9]+)_of_([0-9]+)_ ]] && (( BASH_REMATCH[1] < BASH_REMATCH[2] )); then resume=--resume; fi
+    $PYTHON "$@" --seed "$SEED" --out "$out" $resume
+}
 
 $PYTHON -m data.tinytown --out "$OUT/data" --seed "$SEED"
 # 0  pretraining: plain text about the town
-$PYTHON train_base.py --preset tinytown --seed "$SEED" --data "$OUT/data/base.txt" --val "$OUT/data/base_val.txt" --out "$OUT/base"
+train "$OUT/base" train_base.py --preset tinytown --data "$OUT/data/base.txt" --val "$OUT/data/base_val.txt"
 # 1  instruction tuning on demonstrations of uneven quality, some plain text mixed in
-$PYTHON train_sft.py --preset tinytown --seed "$SEED" --init "$OUT/base" --data "$OUT/data/sft.jsonl" --val "$OUT/data/sft_val.jsonl" \
-    --ptx_data "$OUT/data/base.txt" --out "$OUT/sft"
+train "$OUT/sft" train_sft.py --preset tinytown --init "$OUT/base" --data "$OUT/data/sft.jsonl" --val "$OUT/data/sft_val.jsonl" \
+    --ptx_data "$OUT/data/base.txt"
 # 2  4 to 9 answers to each prompt, ranked by noisy annotators; a reward model learns their order
 $PYTHON -m data.rank --seed "$SEED" --init "$OUT/sft" --data "$OUT/data/rank.jsonl" --out "$OUT/rank"
 $PYTHON -m data.rank --seed "$SEED" --init "$OUT/sft" --data "$OUT/data/rank_val.jsonl" --out "$OUT/rank_val" --clean true
-$PYTHON train_rm.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$OUT/rank/rankings.jsonl" \
-    --val "$OUT/rank_val/rankings.jsonl" --clean "$OUT/rank_val/clean.jsonl" --demonstrations "$OUT/data/sft_val.jsonl" --out "$OUT/rm"
+train "$OUT/rm" train_rm.py --preset tinytown --init "$OUT/sft" --data "$OUT/rank/rankings.jsonl" \
+    --val "$OUT/rank_val/rankings.jsonl" --clean "$OUT/rank_val/clean.jsonl" --demonstrations "$OUT/data/sft_val.jsonl"
 # 3  Four runs that need only what is there now. Models so small leave a second core half idle, so two lanes run side by side
 #    on half of the cores each; the second one's progress is in $OUT/side.log.
 export OMP_NUM_THREADS=$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 set -m                                   # the second lane is a process group, so that Ctrl-C or a fault here ends all of it
 {
     # over-optimisation: RLHF without the KL penalty
-    $PYTHON train_ppo.py $RL --ptx_coef 0 --beta 0 --out "$OUT/ppo_no_kl"
+    train "$OUT/ppo_no_kl" train_ppo.py $RL --ptx_coef 0 --beta 0
     # preferences without RL: two fifths of the rankings are enough for DPO
     head -n 3000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"
-    $PYTHON train_dpo.py --preset tinytown --seed "$SEED" --init "$OUT/sft" --data "$OUT/rank/some.jsonl" \
-        --val "$OUT/rank_val/rankings.jsonl" --out "$OUT/dpo"
+    train "$OUT/dpo" train_dpo.py --preset tinytown --init "$OUT/sft" --data "$OUT/rank/some.jsonl" \
+        --val "$OUT/rank_val/rankings.jsonl"
 } 2> "$OUT/side.log" &
 side=$!
 set +m
 trap 'kill -- -$side 2> /dev/null || true' EXIT
 # RLHF; then the same without the pretraining mix
-$PYTHON train_ppo.py $RL --ptx_data "$OUT/data/base.txt" --out "$OUT/ppo"
-$PYTHON train_ppo.py $RL --ptx_coef 0 --out "$OUT/ppo_no_mix"
+train "$OUT/ppo" train_ppo.py $RL --ptx_data "$OUT/data/base.txt"
+train "$OUT/ppo_no_mix" train_ppo.py $RL --ptx_coef 0
 wait $side || { tail -n 5 "$OUT/side.log" >&2; exit 1; }
 unset OMP_NUM_THREADS
 # 4  what each step bought
