@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,7 @@ from common import InputError, read_log, write_and_flush, write_atomically
 from parallel import gathered, like, rank, share, summed, whole, world
 
 KEEP = 2                                            # checkpoints: if the last one is damaged there is one before it
+MINUTES = 10                                        # between them, where --save_every does not say how many steps
 FREE = ("resume", "save_every", "device", "shard")           # fields that may differ between a run and its continuation
 
 
@@ -66,7 +68,7 @@ def load_checkpoint(folder: str | Path, kind: str) -> tuple[dict, dict]:
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no checkpoint here (config.json is missing); train that stage first, or pass "
                          f"the folder that its --out named") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, NotADirectoryError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, OSError) as error:
         raise InputError(f"{folder}/config.json: not a checkpoint's description; pass a folder written by a "
                          f"train_*.py script") from error
     if found != kind:
@@ -87,7 +89,7 @@ def finish_saving(folder: Path) -> None:
     try:
         if json.loads(partial.read_text())["sha256"] == checksum(folder / "model.pt"):
             os.replace(partial, folder / "config.json")
-    except (OSError, ValueError, KeyError, TypeError):       # nothing there, or it never got that far
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):       # nothing there, or it never got that far
         pass
 
 
@@ -116,7 +118,7 @@ class Run:
     def __init__(self, config, steps: int, **parts):
         self.config, self.steps, self.parts, self.start, self.lowest = config, steps, parts, 0, float("inf")
         self.folder = Path(config.out) / "resume"
-        self.stop = False
+        self.stop, self.saved = False, time.monotonic()
         if config.resume:
             self.load()
         elif (old := self.checkpoints()) and not finished(old[-1]):
@@ -135,11 +137,15 @@ class Run:
         print("\nstopping after this step" + " (once more: at once, without saving)" * (world() == 1), file=sys.stderr)
 
     def after(self, step: int) -> None:
-        """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, the last, and when told to stop."""
-        done, self.stop = step + 1, summed(self.stop) > 0          # one process was told to: all stop after the same step
-        every, last = self.config.save_every, done == self.steps
-        if self.stop or (every and done % every == 0) or (last and (every or summed(len(self.checkpoints())))):
-            self.save(done)                     # at the end too, so that a run that was resumed does not look unfinished
+        """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, or every ten minutes, and when told to
+        stop; at the end too if it has saved before, lest the run look unfinished."""
+        done, last, every = step + 1, step + 1 == self.steps, self.config.save_every
+        due = done % every == 0 if every else time.monotonic() - self.saved > 60 * MINUTES
+        due = due or (last and (every or bool(self.checkpoints())))
+        # One process was told to stop, rank 0's clock says that it is time: all do it after the same step.
+        self.stop, due = (number > 0 for number in summed(torch.tensor([float(self.stop), float(due and rank() == 0)])).tolist())
+        if self.stop or due:
+            self.save(done)
         if self.stop or last:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
@@ -162,6 +168,7 @@ class Run:
             write_and_flush(written, lambda path: torch.save(state, path))
             path = self.folder / f"step_{done:09d}_of_{self.steps}_{checksum(written)}.pt"
             os.replace(written, path)
+        self.saved = time.monotonic()
         for old in self.checkpoints():
             if old != path and (finished(old) or old not in self.checkpoints()[-KEEP:]):      # finished: of an earlier run
                 old.unlink()

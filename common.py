@@ -137,6 +137,9 @@ def setup(config) -> Machine:
     if config.dtype not in ("auto", *names):
         raise InputError(f"--dtype {config.dtype}: expected auto, float32, bfloat16 or float16")
     dtype = names.get(config.dtype) or best_dtype(device)
+    if parallel.world() > 1 and getattr(config, "shard", False):
+        if dtype == torch.float16 or getattr(config, "lora_rank", 0) or getattr(config, "compile", False):
+            raise InputError("--shard: does not go together with float16, --lora_rank or --compile; leave one of them out")
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items()), file=sys.stderr)
     return Machine(device, dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), Path(getattr(config, "out", "out")))
 
@@ -148,6 +151,19 @@ def best_dtype(device: torch.device) -> torch.dtype:
     has_bf16 = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") and (
         torch.cpu.get_capabilities().get("avx512_bf16", False))
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def available(device: torch.device = torch.device("cpu")) -> float:
+    """Bytes that are free on the device, or that PyTorch holds there unused; infinity where nothing says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        with open("/proc/meminfo") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, final: float = 0.1, shape: str = "cosine") -> float:

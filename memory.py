@@ -8,13 +8,12 @@
 
 An estimate: libraries, the data and fragmentation come on top, some hundred megabytes.
 """
-import os
 import sys
 
 import torch
 from torch import nn
 
-from common import Machine
+from common import InputError, Machine, available
 from kernels import CHUNK_ELEMENTS, CHUNK_ROWS, KEPT_ELEMENTS
 from model import GPT, RewardModel
 from parallel import local, parts, reshard, sharded
@@ -31,7 +30,8 @@ def most_tokens(batches: list[list[int]], shapes: list[tuple[int, int]], micro_b
 
 def report_memory(machine: Machine, tokens: int, trained: list[nn.Module], frozen: list[nn.Module] = [], cached: int = 0,
                   likelihood: bool = False) -> float:
-    """Print on stderr what a run will need, in GiB, and warn if that is more than there is. Returns the GiB.
+    """Print on stderr what a run will need, in GiB; warn if that is more than there is, and raise InputError from twice that on.
+    Returns the GiB.
 
     tokens: of the largest forward pass. trained, frozen: models, which are on the device already. cached: tokens that
     generation holds. likelihood: all losses weigh log-probabilities alike, so that no probabilities are kept (kernels.py).
@@ -46,6 +46,9 @@ def report_memory(machine: Machine, tokens: int, trained: list[nn.Module], froze
     print(f"memory: about {(weights + states + work) / GIB:.1f} GiB on {machine.device} (weights {weights / GIB:.1f}, gradients and "
           f"AdamW {states / GIB:.1f}, at most {work / GIB:.1f} for {tokens:,} tokens at once); beside the weights {room:.1f} GiB "
           f"are free", file=sys.stderr)
+    if (states + work) / GIB > 2 * room:
+        raise InputError("that cannot fit: take a smaller model, --micro_batch 1, shorter rows (--max_tokens, --max_new_tokens or "
+                         "--window), fewer of them (--batch_size of PPO), or --lora_rank 8")
     if (states + work) / GIB > room:
         print("this may not fit: --micro_batch 1, shorter rows (--max_tokens, --max_new_tokens or --window) and --lora_rank 8 "
               "take less, as far as this script has them", file=sys.stderr)
@@ -84,16 +87,3 @@ def activation_bytes(model: nn.Module, tokens: int, machine: Machine, likelihood
         rows = min(tokens, max(CHUNK_ROWS, CHUNK_ELEMENTS // V))
         size += 2 * 4 * rows * V + 4 * gpt.output_weight.numel() + (0 if likelihood else 4 * min(tokens * V, KEPT_ELEMENTS))
     return max(size, 0)
-
-
-def available(device: torch.device) -> float:
-    """Bytes that are free on the device, or that PyTorch holds there unused; infinity where nothing says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    try:
-        with open("/proc/meminfo") as file:
-            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else float("inf")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import load_checkpoint, save_checkpoint
-from common import InputError, progress
+from common import InputError, available, progress
 from data.published import read_tokenizer, write_tokenizer
 from data.tokenizer import OWN_VOCABULARIES, Tokenizer, get_tokenizer
 from kernels import gelu, linear, token_logprobs
@@ -155,6 +155,14 @@ class Block(nn.Module):
         return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)                   # (B, T, C)
 
 
+def check_size(config: GPTConfig) -> None:
+    """InputError if the largest matrices alone exceed the memory that is free, before any of it is taken."""
+    size = 4 * config.n_embd * (config.n_layer * 8 * config.n_embd + config.vocab_size + config.block_size)
+    if size > available():
+        raise InputError(f"a model of {config.n_layer} layers, {config.n_embd} wide, with {config.vocab_size} tokens and a context of "
+                         f"{config.block_size} needs {size / 2 ** 30:,.0f} GiB for its weights alone: take smaller numbers")
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -163,6 +171,7 @@ class GPT(nn.Module):
         if config.n_head % (config.n_kv_head or config.n_head):
             raise ValueError(f"n_head {config.n_head} must be a multiple of n_kv_head {config.n_kv_head}")
         self.config = config
+        check_size(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = None if config.rope_theta else nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -462,8 +471,8 @@ def _load(folder, kind, build):
         if tokenizer is None or tokenizer.name != name:
             raise InputError(f"{folder}/tokenizer.json: missing, or not the one that this model was trained with; train that stage again")
         return model, tokenizer
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder}: config.json and model.pt do not fit each other ({str(error).splitlines()[0]}); "
-                         f"train that stage again") from error
+    except InputError:
+        raise
+    except Exception as error:        # a changed description can fail in a dozen ways; to the reader they are all one fault
+        raise InputError(f"{folder}: config.json and model.pt do not fit each other ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:100]}); train that stage again") from error

@@ -46,7 +46,7 @@ class Config:
     max_norm: float = 1.0          # gradient clipping
     eval_every: int = 100          # steps
     compile: bool = False          # torch.compile: half a minute's wait, then faster steps for wide models (bench/RESULTS.md)
-    save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
+    save_every: int = 0            # steps between checkpoints for --resume; 0: every ten minutes
     resume: bool = False           # go on from the last checkpoint in out
     shard: bool = False            # under torchrun: each process keeps a part of weights, gradients and moments
     seed: int = 1

@@ -79,7 +79,7 @@ class Config:
     lora_rank: int = 0             # train low-rank adapters of this rank, merged at the end; 0: all weights
     max_norm: float = 1.0          # gradient clipping
     sample_every: int = 20         # rollouts between printed samples
-    save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
+    save_every: int = 0            # steps between checkpoints for --resume; 0: every ten minutes
     resume: bool = False           # go on from the last checkpoint in out
     shard: bool = False            # under torchrun: each process keeps a part of weights, gradients and moments
     seed: int = 1

@@ -51,7 +51,7 @@ class Config:
     weight_decay: float = 0.0
     max_norm: float = 1.0          # gradient clipping
     eval_every: int = 0            # steps between looks at the held-out loss, whose best model stays in out/best; 0: at the end
-    save_every: int = 0            # steps between checkpoints for --resume; 0: only at the end and when told to stop
+    save_every: int = 0            # steps between checkpoints for --resume; 0: every ten minutes
     resume: bool = False           # go on from the last checkpoint in out
     shard: bool = False            # under torchrun: each process keeps a part of weights, gradients and moments
     seed: int = 1

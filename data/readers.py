@@ -35,6 +35,7 @@ field such as `responses[2].score`, [0] is the first. Only HH-RLHF transcripts a
 and counted: see `pair` and `sharegpt`.
 """
 import gzip
+import io
 import json
 import re
 import sys
@@ -42,7 +43,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import InputError
+from common import InputError, available
 
 ROW_KEYS = {"messages", "prompt", "instruction", "chosen", "rejected", "responses", "text", "conversations", "output_1", "turns"}
 ACCEPTED = {
@@ -387,9 +388,15 @@ def transcript(value: str, field: str, where: str) -> list[dict]:
 
 def read_content(path: str | Path) -> str:
     """The text of a file, decompressed if it begins as gzip does, without a byte-order mark; parquet as JSON lines."""
+    room = int(min(available(), 2 ** 62)) // 8              # a text is held as bytes, as a string and as rows
     try:
+        if Path(path).stat().st_size > room:
+            raise too_large(path, Path(path).stat().st_size)
         data = Path(path).read_bytes()
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(room + 1)
+            if len(data) > room:
+                raise too_large(path, len(data))
         data = parquet_lines(path, data) if data[:4] == b"PAR1" else data
         return data.decode("utf-8-sig")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -402,6 +409,12 @@ def read_content(path: str | Path) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: expected UTF-8 text, found the byte "
                          f"0x{error.object[error.start]:02x}; save the file as UTF-8") from error
+
+
+def too_large(path: str | Path, size: int) -> InputError:
+    """The error for a file that would not fit into memory."""
+    return InputError(f"{path}: {size / 2 ** 30:.1f} GiB or more, too much for the memory that is free; split the file (plain text: "
+                      f"into a folder of files, of which only one is read at a time)")
 
 
 def parquet_lines(path: str | Path, data: bytes) -> bytes:

@@ -48,6 +48,8 @@ class TextStream:
         """
         if len(self.ids) <= length:
             raise InputError(f"the text has {len(self.ids)} tokens, fewer than one window of {length}: add text")
+        if count * length > 2 ** 30:
+            raise InputError(f"{count} windows of {length} tokens: over a billion tokens in one step; lower --batch_size or --window")
         starts = torch.randint(len(self.ids) - length, (count,), generator=generator)
         return self._windows(starts, length)
 

@@ -1,9 +1,14 @@
 """Interrupted runs go on as if nothing had happened; damaged checkpoints are named, not loaded."""
 import json
+import math
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -96,7 +101,7 @@ def child(stage: str, town: Path, out: Path, training) -> None:
         training.set()
 
     common.Log.__init__ = ready
-    run(stage, town, out, save_every=1, resume=bool(list(out.glob("resume/step_*"))))
+    run(stage, town, out, save_every=1, resume=bool(list(out.glob("resume/step_*.pt"))))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,9 @@ def processes():
     """Processes that fork from one in which torch has been imported, and has not computed yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:              # else the forkserver does not find this module, and forks without it
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
@@ -174,8 +182,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(town, tmp_path, monkey
     save, count = torch.save, []
 
     def full(state, path):
-        count.append(path)
-        if len(count) == 3:
+        count.append(Path(path).name)
+        if count.count("saving") == 3:
             Path(path).write_bytes(b"half")
             raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
         save(state, path)
@@ -188,6 +196,122 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(town, tmp_path, monkey
     run("base", town, tmp_path / "whole")
     run("base", town, tmp_path / "cut", save_every=2, resume=True)
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.fixture
+def small_disk(tmp_path, town):
+    """A disk with room for a model and two and a half checkpoints."""
+    run("base", town, tmp_path / "measure", save_every=8)
+    checkpoint_, = (tmp_path / "measure/resume").iterdir()
+    size = int(2.5 * checkpoint_.stat().st_size) + (tmp_path / "measure/model.pt").stat().st_size
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small disk can be mounted by root on Linux only")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_small_disk_runs_full_and_nothing_is_lost(town, tmp_path, small_disk):
+    """A real one: the third checkpoint does not fit beside two. What is there goes on elsewhere, to the end of a whole run."""
+    with pytest.raises(InputError, match=r"could not be written .*it needs \d+\.\d MiB and \d+\.\d are free; the one before it is whole"):
+        run("base", town, small_disk / "run", save_every=2, eval_every=100)
+    kept = sorted(path.name.split("_")[1] for path in (small_disk / "run/resume").iterdir())
+    assert kept == ["000000002", "000000004"]
+    shutil.copytree(small_disk / "run", tmp_path / "run")
+    moved = next((tmp_path / "run/resume").glob("step_000000004*"))
+    state = torch.load(moved, weights_only=True)             # the folder is part of a run's config: another disk is another --out
+    state["config"]["out"] = str(tmp_path / "run")
+    torch.save(state, moved)
+    moved.rename(moved.with_name(f"step_000000004_of_8_{checkpoint.checksum(moved)}.pt"))
+    run("base", town, tmp_path / "run", save_every=2, eval_every=100, resume=True)
+    run("base", town, tmp_path / "whole", eval_every=100)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_folder_that_cannot_be_written_is_one_line(script, town, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    config = config_of(next(name for name in SCRIPTS if SCRIPTS[name] is script), town, tmp_path / "file/out")
+    with pytest.raises(SystemExit) as caught:
+        monkeypatch.setattr(common, "parse_args", lambda *_, **__: config)
+        common.main(script.train, script.Config)
+    assert "\n" not in caught.value.code and "choose another --out" in caught.value.code
+
+
+def test_a_checkpoint_of_another_stage_is_refused(town, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stopped):
+            run("dpo", town, tmp_path)
+    with pytest.raises(InputError, match=r"step_0.*pt: is of train_dpo.py; name the folder that train_rm.py had as --out"):
+        run("rm", town, tmp_path, resume=True)
+
+
+def test_a_run_whose_data_has_changed_is_refused(town, tmp_path, monkeypatch):
+    rows = (town / "data/sft.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stopped):
+            run("sft", town, tmp_path / "run", data=(str(tmp_path / "rows.jsonl"),))
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:60]))
+    with pytest.raises(InputError, match="does not fit what --init and --data hold now .10 steps then, 4 now"):
+        run("sft", town, tmp_path / "run", data=(str(tmp_path / "rows.jsonl"),), resume=True)
+
+
+def test_a_run_saves_every_ten_minutes(town, tmp_path, monkeypatch):
+    """By the clock, here one that runs four minutes a step; and once more at the end."""
+    clock, write = [0.0], common.Log.write
+
+    def slow(*args, **numbers):
+        write(*args, **numbers)
+        clock[0] += 240
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(common.Log, "write", slow)
+    saved, save = [], checkpoint.Run.save
+    monkeypatch.setattr(checkpoint.Run, "save", lambda self, done: saved.append(done) or save(self, done))
+    run("base", town, tmp_path)
+    assert saved == [3, 6, 8]
+
+
+def test_a_run_that_was_resumed_does_not_look_unfinished(town, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stopped):
+            run("base", town, tmp_path)
+    run("base", town, tmp_path, resume=True)
+    seconds = [row["seconds"] for row in common.read_log(tmp_path / "metrics.jsonl")]
+    assert seconds == sorted(seconds) and len(seconds) == 8
+    run("base", town, tmp_path)                              # anew: no --resume needed
+
+
+@pytest.mark.parametrize("stage", ["base", "sft", "rm", "dpo"])
+def test_the_best_model_is_kept(stage, town, tmp_path, monkeypatch):
+    """The one of the lowest held-out loss, which is not the last; through an interruption too."""
+    changes = dict(eval_every=2, lr=0.1 if stage in ("base", "sft") else 0.02) | ({"lora_rank": 2} if stage == "dpo" else {})
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stopped):
+            run(stage, town, tmp_path / "cut", **changes)
+    run(stage, town, tmp_path / "cut", resume=True, **changes)
+    run(stage, town, tmp_path / "whole", **changes)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    rows = common.read_log(tmp_path / "whole/metrics.jsonl")
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    assert len(losses) >= 4 and all(step % 2 == 0 for step in losses)
+    kind = "reward model" if stage == "rm" else "language model"
+    best, twin, last = (load_checkpoint(tmp_path / name, kind)[0] for name in ("whole/best", "cut/best", "whole"))
+    assert all(torch.equal(best[name], twin[name]) for name in best) and best.keys() == last.keys()
+    step = min(losses, key=losses.get)
+    assert step < rows[-1]["step"] and any(not torch.equal(best[name], last[name]) for name in best)
+    with monkeypatch.context() as patch:                     # stopped at that step, the state holds the same weights
+        stop_at(patch, step)
+        with pytest.raises(Stopped):
+            run(stage, town, tmp_path / "again", **changes)
+    state = torch.load(next((tmp_path / "again/resume").glob("step_*.pt")), weights_only=True)["parts"]["model"]
+    same = [name for name in best if name in state and "bias" not in name]
+    assert same and all(torch.equal(best[name], state[name]) for name in same)
 
 
 def test_signals_are_given_back(town, tmp_path):
@@ -266,6 +390,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(stage, 
     assert len(texts) == {"sft": 32, "ppo": 6}.get(stage, 4) and all(len(text.split()) > 3 for text in texts)
     run(stage, town, tmp_path / "cut", save_every=1, resume=True)
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_loss_that_is_not_finite_stops_the_run_too(stage, town, tmp_path, monkeypatch):
+    """Even where its gradient is."""
+    step = common.optimizer_step
+    monkeypatch.setattr(SCRIPTS[stage], "optimizer_step", lambda machine, norm, rates, objective, texts: step(machine, norm, rates, float("inf"), texts))
+    with pytest.raises(InputError, match="objective inf, .*not finite, so this step was not taken"):
+        run(stage, town, tmp_path)
+
+
+def test_a_batch_without_targets_moves_nothing_and_is_counted(town, tmp_path, monkeypatch):
+    rows = train_sft.demonstration_rows
+    monkeypatch.setattr(train_sft, "demonstration_rows", lambda *args: [
+        (ids, [False] * len(ids)) if i in (3, 7) else (ids, mask) for i, (ids, mask) in enumerate(rows(*args)[:20])])
+    before = []
+    step = train_sft.optimizer_step
+
+    def watched(machine, max_norm, rates, *rest):
+        parameters = [p for optimizer in rates for group in optimizer.param_groups for p in group["params"]]
+        old = [p.detach().clone() for p in parameters]
+        norm = step(machine, max_norm, rates, *rest)
+        before.append((norm == 0, all(torch.equal(p, q) for p, q in zip(parameters, old))))
+        return norm
+
+    monkeypatch.setattr(train_sft, "optimizer_step", watched)
+    final = run("sft", town, tmp_path, batch_size=1, epochs=2, ptx_data=(), dropout=0.0)
+    assert final["empty_steps"] == 4 and before.count((True, True)) == 4 and before.count((False, False)) == len(before) - 4
+    assert all(math.isfinite(row["loss"]) for row in common.read_log(tmp_path / "metrics.jsonl"))
 
 
 def test_ppo_stops_where_it_has_run_away_or_never_ends(town, tmp_path):

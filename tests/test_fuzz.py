@@ -1,10 +1,15 @@
-"""Whatever the bytes, a reader gives rows or one line that names the file; whatever the text, it forges no turn.
+"""Whatever the bytes, a reader gives rows or one line that names the file; whatever the text, it forges no turn; whatever the
+flags, a run starts or says in one line why not.
 
-    FUZZ=10000 pytest tests/test_fuzz.py      that many inputs for each test, instead of a few hundred
+    FUZZ=10000 pytest tests/test_fuzz.py      that many inputs for each test of a reader, a thirtieth of it for each of a run
 """
 import gzip
 import json
 import os
+import random
+import shutil
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -12,14 +17,19 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+import checkpoint  # noqa: E402
+import common  # noqa: E402
 from common import InputError  # noqa: E402
 from data.readers import Ranking, read_demonstrations, read_prompts, read_rankings, read_text  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
+from model import GPT, GPTConfig, load_gpt, load_reward_model  # noqa: E402
+from test_checkpoint import SCRIPTS, config_of  # noqa: E402
 
 READERS = (read_demonstrations, read_rankings, read_prompts, read_text)
 TOKENIZER = get_tokenizer("tinytown")
-fuzz = settings(max_examples=int(os.environ.get("FUZZ", 300)), deadline=None,
-                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
+COUNT = int(os.environ.get("FUZZ", 300))
+calm = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
+fuzz, fuzz_runs = settings(max_examples=COUNT, **calm), settings(max_examples=max(1, COUNT // 30), **calm)
 
 KEYS = ("messages", "prompt", "instruction", "input", "output", "chosen", "rejected", "responses", "response", "completion", "text",
         "score", "scores", "ranks", "rank", "role", "content", "conversations", "from", "value", "output_1", "output_2", "preference",
@@ -92,3 +102,102 @@ def test_any_rows(tmp_path, items, as_list, cut, flip):
 @given(text=st.lists(st.one_of(words, st.sampled_from(MARKS)), min_size=1, max_size=6).map("".join))
 def test_no_text_is_a_special_token(text):
     assert not {*TOKENIZER.role_ids.values(), TOKENIZER.end, TOKENIZER.pad, TOKENIZER.endoftext} & set(TOKENIZER.encode(text))
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+def damaged(data: bytes, place: float, bit: int, how: str) -> bytes:
+    """A flipped bit, the beginning, the end doubled, or a piece of zeros."""
+    at = int(place * (len(data) - 1))
+    if how == "flip":
+        return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1:]
+    return {"cut": data[:at], "more": data + data[at:], "zeros": data[:at] + bytes(min(64, len(data) - at)) + data[at + 64:]}[how]
+
+
+damage = dict(place=st.floats(0, 1), bit=st.integers(0, 7), how=st.sampled_from(("flip", "cut", "more", "zeros")))
+
+
+@fuzz
+@given(name=st.sampled_from(("model.pt", "config.json")), stage=st.sampled_from(("sft", "rm")), **damage)
+def test_any_damage_to_a_model(town, tmp_path, name, stage, place, bit, how):
+    """One line that names the folder, or the model as it was, where the damage did not touch it."""
+    folder, load = tmp_path / stage, load_gpt if stage == "sft" else load_reward_model
+    shutil.copytree(town / stage, folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(damaged((town / stage / name).read_bytes(), place, bit, how))
+    try:
+        model, _ = load(str(folder))
+    except InputError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+        return
+    whole, _ = load(str(town / stage))
+    assert all((a == b).all() for a, b in zip(model.state_dict().values(), whole.state_dict().values()))
+
+
+@pytest.fixture(scope="module")
+def saved(town, tmp_path_factory) -> Path:
+    """The state of a run."""
+    out = tmp_path_factory.mktemp("saved")
+    SCRIPTS["base"].train(config_of("base", town, out, save_every=8))
+    return next(out.glob("resume/step_*.pt"))
+
+
+@fuzz
+@given(**damage)
+def test_any_damage_to_the_state_of_a_run(saved, tmp_path, place, bit, how):
+    data, path = saved.read_bytes(), tmp_path / saved.name
+    path.write_bytes(damaged(data, place, bit, how))
+    if path.read_bytes() == data:
+        return
+    with pytest.raises(InputError, match=f"{path.name}: damaged .its checksum does not fit its name.; leave --resume out"):
+        checkpoint.read(path, None)
+
+
+@fuzz
+@given(field=st.sampled_from(("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "activation_function", "tokenizer")),
+       value=values, **damage)
+def test_any_published_description(tmp_path, field, value, place, bit, how):
+    """A Hugging Face folder whose config.json says something else, or is damaged."""
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "gpt2"
+    if not folder.exists():
+        GPT(GPTConfig(16, 512, 1, 1, 16)).save_pretrained(folder)
+        shutil.copy(folder / "config.json", tmp_path / "config.json")
+    described = json.loads((tmp_path / "config.json").read_text())
+    for data in (json.dumps(described | {field: value}).encode(), damaged((tmp_path / "config.json").read_bytes(), place, bit, how)):
+        (folder / "config.json").write_bytes(data)
+        try:
+            load_gpt(str(folder))
+        except InputError as error:
+            assert str(folder) in str(error) and "\n" not in str(error)
+
+
+# ----------------------------------------------------------------------------- flags
+
+class Running(Exception):
+    """A run has taken its first step."""
+
+
+ODD = {int: (-1, 0, 1, 3, 1000, 10 ** 6, 10 ** 9), float: (-1.0, 0.0, 1e-9, 0.5, 1e9, float("nan"), float("inf")), bool: (False, True),
+       str: ("", "nope", "out/nope", "..", "a\0b", "float16"), tuple: ((), ("nope",), ("",), ("..",), ("a\0b",))}
+
+
+@fuzz_runs
+@given(stage=st.sampled_from(tuple(SCRIPTS)), seed=st.integers(0, 2 ** 30))
+def test_any_flags(town, tmp_path, stage, seed):
+    """One to three odd values: the first step is taken, or one line says what is wrong."""
+    draw, folder = random.Random(seed), tmp_path / stage
+    config = config_of(stage, town, folder)
+    odd = draw.sample([field for field in fields(config) if field.name not in ("device", "out", "compile", "resume")], draw.randint(1, 3))
+    changes = {field.name: draw.choice(ODD[type(field.default)]) for field in odd}
+
+    def first(self, *args, **numbers):
+        raise Running
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Log, "write", first)
+        try:
+            SCRIPTS[stage].train(config_of(stage, town, folder, **changes))
+        except Running:
+            pass
+        except InputError as error:
+            assert "\n" not in str(error), changes

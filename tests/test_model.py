@@ -306,6 +306,23 @@ def test_no_token_of_probability_zero_is_drawn(monkeypatch):
         assert set(sample_token(logits, torch.rand(len(logits)), 1.0, None, 0.5).tolist()) == {3}
 
 
+def test_a_response_depends_on_its_own_random_numbers_alone(gpt):
+    """Whatever its neighbours, and however early they end: so processes can share a batch of prompts."""
+    prompts = [prompt for prompt in PROMPTS for _ in range(5)]
+    uniforms = torch.rand(len(prompts), 12, generator=torch.Generator().manual_seed(4))
+    together = gpt.generate(prompts, 12, stop_token=13, uniforms=uniforms)
+    assert len(set(map(len, together))) > 1
+    for i, prompt in enumerate(prompts):
+        assert gpt.generate([prompt], 12, stop_token=13, uniforms=uniforms[i:i + 1]) == [together[i]]
+    assert gpt.generate(prompts, 12, stop_token=13, generator=torch.Generator().manual_seed(4)) == together
+
+
+@pytest.mark.parametrize("shape", [dict(n_layer=10 ** 9), dict(block_size=10 ** 12), dict(vocab_size=10 ** 12), dict(n_embd=10 ** 7)])
+def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(shape):
+    with pytest.raises(InputError, match="GiB for its weights alone"):
+        GPT(GPTConfig(**dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32) | shape))
+
+
 def test_best_of_n_has_the_distribution_of_an_order_statistic():
     """P(best of n = y) = F(y)ⁿ − F(< y)ⁿ, with F the distribution function along the score."""
     gpt, n, rounds = small(1, vocab_size=6), 4, 5000
