@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +37,7 @@ from parallel import gathered, like, rank, share, summed, whole, world
 
 KEEP = 2                                            # checkpoints: if the last one is damaged there is one before it
 MINUTES = 10                                        # between them, where --save_every does not say how many steps
-FREE = ("resume", "save_every", "device", "shard")           # fields that may differ between a run and its continuation
+FREE = ("resume", "save_every", "device", "shard", "out")    # fields that may differ between a run and its continuation
 
 
 # ----------------------------------------------------------------------------- models
@@ -75,7 +76,7 @@ def load_checkpoint(folder: str | Path, kind: str) -> tuple[dict, dict]:
         raise InputError(f"{folder}: holds a {found} checkpoint, but a {kind} is needed here; pass the --out folder "
                          f"of {'train_rm.py' if kind == 'reward model' else 'train_base.py or train_sft.py'}")
     try:
-        if checksum(folder / "model.pt") != description.get("sha256"):
+        if "sha256" in description and checksum(folder / "model.pt") != description["sha256"]:
             raise ValueError("its checksum is not the one in config.json")
         return torch.load(folder / "model.pt", map_location="cpu", weights_only=True), description
     except Exception as error:        # torch.load raises a dozen types; to the reader they are all one fault
@@ -118,63 +119,69 @@ class Run:
     def __init__(self, config, steps: int, **parts):
         self.config, self.steps, self.parts, self.start, self.lowest = config, steps, parts, 0, float("inf")
         self.folder = Path(config.out) / "resume"
-        self.stop, self.saved = False, time.monotonic()
+        self.saved, self.inputs = time.monotonic(), fingerprints(config)
         if config.resume:
             self.load()
         elif (old := self.checkpoints()) and not finished(old[-1]):
             raise InputError(f"{self.folder}: holds an unfinished run ({old[-1].name}); --resume goes on with it, another --out "
                              f"leaves it alone, deleting the folder gives it up")
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-        self.handlers = {number: signal.signal(number, self.told_to_stop) for number in signals}
-
-    def told_to_stop(self, number, frame) -> None:
-        """Finish the step first; the second time, end at once."""
-        if self.stop:
-            raise KeyboardInterrupt
-        self.stop = True
-        if world() > 1:                     # torchrun passes on what the terminal has sent to all already
-            signal.signal(number, signal.SIG_IGN)
-        print("\nstopping after this step" + " (once more: at once, without saving)" * (world() == 1), file=sys.stderr)
+        elif rank() == 0:                   # what an earlier run left here; its last state last, so that it never looks unfinished
+            for path in old:
+                path.unlink()
+            shutil.rmtree(self.folder.parent / "best", ignore_errors=True)
+        self.signals = Signals()
+        self.give_back = weakref.finalize(self, self.signals.give_back)
 
     def after(self, step: int) -> None:
         """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, or every ten minutes, and when told to
         stop; at the end too if it has saved before, lest the run look unfinished."""
         done, last, every = step + 1, step + 1 == self.steps, self.config.save_every
-        due = done % every == 0 if every else time.monotonic() - self.saved > 60 * MINUTES
-        due = due or (last and (every or bool(self.checkpoints())))
-        # One process was told to stop, rank 0's clock says that it is time: all do it after the same step.
-        self.stop, due = (number > 0 for number in summed(torch.tensor([float(self.stop), float(due and rank() == 0)])).tolist())
-        if self.stop or due:
+        asked = done % every == 0 or last if every else last and bool(self.checkpoints())
+        timely = not every and time.monotonic() - self.saved > 60 * MINUTES
+        # One process was told to stop, rank 0 finds that it is time: all do it after the same step.
+        flags = torch.tensor([self.signals.told, asked and rank() == 0, timely and rank() == 0], dtype=torch.float32)
+        stop, asked, timely = (number > 0 for number in summed(flags).tolist())
+        if stop and world() > 1:
+            self.signals.ignore()               # nothing interrupts the saving
+        if stop or asked:
             self.save(done)
-        if self.stop or last:
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-        if self.stop and not last and rank() > 0:
+        elif timely:
+            try:
+                self.save(done)
+            except InputError as error:         # nobody has asked for this one: no reason to end
+                print(f"\nwarning: {error}", file=sys.stderr)
+                self.saved = time.monotonic()
+        if stop:
+            summed(0)                           # all wait for rank 0: torchrun ends a run as soon as one process has ended
+        if stop or last:
+            self.give_back()
+        if stop and not last and rank() > 0:
             raise SystemExit(1)                 # rank 0 says it for all
-        if self.stop and not last:
+        if stop and not last:
             raise Stopped(f"stopped after step {done} of {self.steps}, saved in {self.folder}; to go on, run the same command "
                           f"with --resume")
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps, then remove all but the last checkpoints. The checksum is in the name."""
-        drawn = (torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
         state = {"step": done, "steps": self.steps, "stage": stage(self.config), "config": asdict(self.config), "parts": {name: state_of(part) for name, part in self.parts.items()},
-                 "lowest": self.lowest, "random": gathered([drawn])}           # "random": of each process
+                 "lowest": self.lowest, "inputs": self.inputs,
+                 "random": gathered([(torch.get_rng_state(), device_random(self.parts))])}           # of each process
         if rank() > 0:
             return
-        with room_for(state, self.folder, "the checkpoint", "the one before it is whole: make room, then --resume"):
+        remedy = "the one before it is whole: make room, then --resume" if self.checkpoints() else "make room, or choose another --out"
+        with room_for(state, self.folder, "the checkpoint", remedy):
             self.folder.mkdir(parents=True, exist_ok=True)
             written = self.folder / "saving"
             write_and_flush(written, lambda path: torch.save(state, path))
             path = self.folder / f"step_{done:09d}_of_{self.steps}_{checksum(written)}.pt"
             os.replace(written, path)
         self.saved = time.monotonic()
-        for old in self.checkpoints():
-            if old != path and (finished(old) or old not in self.checkpoints()[-KEEP:]):      # finished: of an earlier run
-                old.unlink()
+        for old in self.checkpoints()[:-KEEP]:
+            old.unlink()
 
     def best(self, loss: float, save: Callable[[str], None]) -> None:
         """Keep the model of the lowest held-out loss so far: `save(folder)` writes it to OUT/best."""
+        loss = summed(loss if rank() == 0 else 0.0)             # rank 0's for all, as they save together
         if loss < self.lowest:
             self.lowest = loss
             save(f"{self.config.out}/best")
@@ -196,20 +203,23 @@ class Run:
             if field not in FREE and before != value:
                 raise InputError(f"--{field} {value}: the run in {self.folder} had {before}; pass that, or leave --resume out and "
                                  f"choose another --out")
+        for path, digest in state["inputs"].items():
+            if path in self.inputs and self.inputs[path] != digest:
+                raise InputError(f"{path}: has changed since the run in {self.folder} began; begin anew in another --out")
         try:
-            for name, part in self.parts.items():
-                set_state(part, state["parts"][name])
             if state["steps"] != self.steps:
                 raise ValueError(f"{state['steps']} steps then, {self.steps} now")
-        except (RuntimeError, KeyError, ValueError) as error:
+            for name, part in self.parts.items():
+                set_state(part, state["parts"][name])
+        except (RuntimeError, LookupError, ValueError, TypeError) as error:
             raise InputError(f"{paths[-1]}: does not fit what --init and --data hold now ({str(error).splitlines()[0]}); begin anew in "
                              f"another --out") from error
-        for cpu, cuda in share(state["random"])[:1]:            # a process that was not there before has drawn its own
+        for cpu, device in share(state["random"])[:1]:          # a process that was not there before has drawn its own
             torch.set_rng_state(cpu)
-            if cuda is not None and torch.cuda.is_initialized():
-                torch.cuda.set_rng_state(cuda)
+            device_random(self.parts, device)
         self.start, self.lowest = state["step"], state["lowest"]
-        for path in Path(self.config.out).glob("*.jsonl") if rank() == 0 else ():      # what was logged later happens again
+        logs = [path for name in ("metrics.jsonl", "rollouts.jsonl") if (path := self.folder.parent / name).exists()]
+        for path in logs if rank() == 0 else ():                # what was logged later happens again
             kept = [row for row in read_log(path) if row["step"] <= self.start]
             write_atomically(path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))   # noqa: B023
 
@@ -225,6 +235,65 @@ def read(path: Path, previous: Path | None) -> dict:
 def stage(config) -> str:
     """The name of the script that a config belongs to."""
     return Path(inspect.getfile(type(config))).stem
+
+
+def fingerprints(config) -> dict[str, str]:
+    """Path → digest of the files and models that a run reads. Of a model's folder the description, which holds a checksum; of a
+    folder of text names and sizes."""
+    found = {}
+    for value in asdict(config).values():
+        for name in value if isinstance(value, tuple) else (value,):
+            path = Path(re.sub(r":[\d.]+$", "", name)) if isinstance(name, str) and name not in ("", config.out) else None
+            if path and path.is_file():
+                found[name] = checksum(path)
+            elif path and (path / "config.json").is_file():
+                found[name] = checksum(path / "config.json")
+            elif path and path.is_dir():
+                files = sorted((str(file), file.stat().st_size) for file in path.rglob("*") if file.is_file())
+                found[name] = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    return found
+
+
+class Signals:
+    """Ctrl-C and SIGTERM: the first one sets `told`, the second ends the process at once."""
+
+    def __init__(self):
+        self.told = False
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.tell) for number in (signal.SIGINT, signal.SIGTERM)}
+        else:
+            self.before = {}
+
+    def tell(self, number, frame) -> None:
+        if self.told and world() == 1:
+            raise KeyboardInterrupt
+        if not self.told and rank() == 0:       # print might be in the middle of a line
+            os.write(2, b"\nstopping after this step" + b" (once more: at once, without saving)\n" * (world() == 1))
+        self.told = True                        # several processes: torchrun passes on what the terminal has sent to all already
+
+    def ignore(self) -> None:
+        for number in self.before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def give_back(self) -> None:
+        """The handlers that were there before, unless somebody else has taken over."""
+        for number, handler in self.before.items():
+            if signal.getsignal(number) in (self.tell, signal.SIG_IGN):
+                signal.signal(number, handler)
+
+
+def device_random(parts: dict, state: torch.Tensor | None = None) -> torch.Tensor | None:
+    """The random state of the GPU that a run's model is on, set first if one is given; None on the CPU, whose state is kept apart."""
+    device = next(p.device for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
+    if device.type == "cuda":
+        if state is not None:
+            torch.cuda.set_rng_state(state, device)
+        return torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        if state is not None:
+            torch.mps.set_rng_state(state)
+        return torch.mps.get_rng_state()
+    return None
 
 
 def finished(path: Path) -> bool:
@@ -279,6 +348,7 @@ def set_state(part, state) -> None:
         cut = {i: {name: like(value, parameters[i]) for name, value in moments.items()} for i, moments in state["state"].items()}
         part.load_state_dict(state | {"state": cut})
     elif isinstance(part, torch.nn.Module):
-        part.load_state_dict({name: like(state[name], tensor) for name, tensor in part.state_dict().items()})
-    else:
+        now = part.state_dict()
+        part.load_state_dict({name: like(tensor, now.get(name)) for name, tensor in state.items()})
+    elif state:                                 # a loss scaler that was not needed then has none
         part.load_state_dict(state)

@@ -4,6 +4,7 @@ Nothing here appears on a slide. What a lecture has a symbol for stands in the s
 """
 import argparse
 import contextlib
+import errno
 import inspect
 import json
 import math
@@ -22,6 +23,9 @@ from tqdm import tqdm
 
 import parallel
 from parallel import rank, sum_gradients, summed
+
+
+LIMITS = {name: (0, 10 ** 9) for name in ("warmup", "weight_decay", "max_norm", "eval_every", "save_every")}     # of every script
 
 
 class InputError(ValueError):
@@ -82,11 +86,13 @@ def main(train, config_class: type, presets: dict[str, dict] | None = None) -> N
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+            raise
         sys.exit(f"error: {error}; a disk that is full or a folder that may not be written to? Make room, or choose another --out")
     except (MemoryError, RuntimeError) as error:
-        if parallel.world() > 1 and any(word in str(error) for word in ("gloo", "Gloo", "NCCL", "onnection")):
-            sys.exit(f"error: another process of this run has ended ({str(error).splitlines()[0][:100]}); its own message says why. "
-                     f"To go on from the last checkpoint, run the same command with --resume")
+        if parallel.world() > 1 and any(word in str(error) for word in ("onnection closed", "onnection reset", "roken pipe", "remote process")):
+            sys.exit(f"error: another process of this run has ended ({str(error).splitlines()[0]}); its own message says why. To go on "
+                     f"from the last checkpoint, run the same command with --resume")
         words = ("can't allocate memory", "out of memory")        # of the CPU's allocator, of MPS
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)):
             raise
@@ -125,8 +131,12 @@ def setup(config) -> Machine:
     those instructions emulates bf16 a hundred times slower than fp32), fp16 on older CUDA, else fp32.
     """
     name = config.device
+    check_range(config, **{name: limits for name, limits in LIMITS.items() if hasattr(config, name)})
+    alone = parallel.world() == 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+    if not alone and name == "mps" or name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > max(1, torch.cuda.device_count()):
+        raise InputError(f"--device {name}: there are fewer such devices than processes; start fewer, or take --device cpu")
     torch.manual_seed(config.seed)
     try:
         device = torch.device(name)
@@ -137,11 +147,22 @@ def setup(config) -> Machine:
     if config.dtype not in ("auto", *names):
         raise InputError(f"--dtype {config.dtype}: expected auto, float32, bfloat16 or float16")
     dtype = names.get(config.dtype) or best_dtype(device)
-    if parallel.world() > 1 and getattr(config, "shard", False):
-        if dtype == torch.float16 or getattr(config, "lora_rank", 0) or getattr(config, "compile", False):
-            raise InputError("--shard: does not go together with float16, --lora_rank or --compile; leave one of them out")
+    if not alone and getattr(config, "shard", False):
+        check_shard(config, dtype)
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items()), file=sys.stderr)
-    return Machine(device, dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16), Path(getattr(config, "out", "out")))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))          # makes the scale, which a process without rows in its first step needs too
+    return Machine(device, dtype, scaler, Path(getattr(config, "out", "out")))
+
+
+def check_shard(config, dtype: torch.dtype) -> None:
+    """InputError for what does not go together with --shard: all processes compute the same number of passes."""
+    if dtype == torch.float16 or getattr(config, "lora_rank", 0) or getattr(config, "compile", False):
+        raise InputError("--shard: does not go together with float16, --lora_rank or --compile; leave one of them out")
+    each = parallel.world() * getattr(config, "minibatches", 1)
+    for name, divisor in (("batch_size", each), ("ptx_windows", parallel.world() if getattr(config, "ptx_data", ()) else 1)):
+        if getattr(config, name, 0) % divisor:
+            raise InputError(f"--shard: --{name} {getattr(config, name)} must be a multiple of {divisor}")
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -278,7 +299,7 @@ class Log:
         self.bar = progress(total, title, "step", start)
         self.start, self.tokens, self.before = time.time(), 0, 0.0
         if start and rank() == 0:
-            self.before = max(row["seconds"] for row in read_log(self.folder / "metrics.jsonl"))
+            self.before = max((row["seconds"] for row in read_log(self.folder / "metrics.jsonl")), default=0.0)
 
     def write(self, step: int, show: tuple[str, ...] = (), **numbers: float) -> None:
         """Append a row and show the numbers named in `show` beside the progress bar."""

@@ -157,7 +157,8 @@ class Block(nn.Module):
 
 def check_size(config: GPTConfig) -> None:
     """InputError if the largest matrices alone exceed the memory that is free, before any of it is taken."""
-    size = 4 * config.n_embd * (config.n_layer * 8 * config.n_embd + config.vocab_size + config.block_size)
+    positions = 0 if config.rope_theta else config.block_size
+    size = 4 * config.n_embd * (config.n_layer * 8 * config.n_embd + config.vocab_size + positions)
     if size > available():
         raise InputError(f"a model of {config.n_layer} layers, {config.n_embd} wide, with {config.vocab_size} tokens and a context of "
                          f"{config.block_size} needs {size / 2 ** 30:,.0f} GiB for its weights alone: take smaller numbers")

@@ -41,7 +41,7 @@ def processes():
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())         # more of them: on CPUs only
     dist.init_process_group()
     streams = sys.stdout, sys.stderr
     try:
@@ -99,15 +99,14 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
     sharded weights have been summed by the backward pass."""
     if world() == 1:
         return
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
-    if not whole:
+    plain = [p for p in parameters if not isinstance(p, DTensor)]
+    if not plain:
         return
-    device = whole[0].device
-    flat = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in whole]
-                     + [torch.tensor([float(p.grad is not None) for p in whole], device=device)])
+    flat = torch.cat([p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in plain]
+                     + [torch.tensor([float(p.grad is not None) for p in plain], device=plain[0].device)])
     dist.all_reduce(flat)
-    *gradients, there = flat.split([p.numel() for p in whole] + [len(whole)])
-    for p, gradient, count in zip(whole, gradients, there.tolist()):
+    *gradients, there = flat.split([p.numel() for p in plain] + [len(plain)])
+    for p, gradient, count in zip(plain, gradients, there.tolist()):
         p.grad = gradient.view_as(p) if count else None
 
 
@@ -120,9 +119,9 @@ def place(model: nn.Module, device: torch.device, seed: int, shard: bool = False
         return model.to(device)
     if not shard:
         model.to(device)
-        for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.data, 0)
-    else:
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.data, 0)
+    if shard:
         mesh = init_device_mesh(device.type, (world(),))
         for block in (model.gpt if hasattr(model, "gpt") else model).blocks:
             fully_shard(block, mesh=mesh)
@@ -170,11 +169,13 @@ def together(model: nn.Module):
 
 
 def whole(state):
-    """The same nested dicts and lists, sharded tensors in them put together. To be called by all processes."""
+    """The same nested dicts and lists, sharded tensors in them put together on rank 0's CPU, one at a time, and empty elsewhere. To
+    be called by all processes."""
     if world() == 1:
         return state
     if isinstance(state, DTensor):
-        return state.full_tensor()
+        full = state.full_tensor()
+        return full.cpu() if rank() == 0 else torch.empty(0)
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     return type(state)(map(whole, state)) if isinstance(state, (list, tuple)) else state

@@ -44,7 +44,7 @@ class Config:
     micro_batch: int = 0           # windows a forward pass; 0: all of the step's at once
     weight_decay: float = 0.1
     max_norm: float = 1.0          # gradient clipping
-    eval_every: int = 100          # steps
+    eval_every: int = 100          # steps between looks at the held-out loss, whose best model stays in out/best; 0: at the end
     compile: bool = False          # torch.compile: half a minute's wait, then faster steps for wide models (bench/RESULTS.md)
     save_every: int = 0            # steps between checkpoints for --resume; 0: every ten minutes
     resume: bool = False           # go on from the last checkpoint in out
@@ -133,7 +133,7 @@ def train(config: Config) -> dict:
         norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, step_loss, lambda: list(map(tokenizer.decode, tokens.tolist())))
         log.tokens += share(tokens).numel()
         numbers = {"loss": step_loss, "lr": lr, "grad_norm": norm}
-        if (step + 1) % config.eval_every == 0:
+        if config.eval_every and (step + 1) % config.eval_every == 0:
             with machine.autocast():
                 numbers["val_loss"] = evaluate(model, val_windows)
             run.best(numbers["val_loss"], lambda folder: save_model(folder, model, config, tokenizer))

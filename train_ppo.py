@@ -270,8 +270,8 @@ def rollout(policy: GPT, ref_policy: GPT, value_model: RewardModel, reward: Rewa
     """Sample one response to each prompt and score it. Log-probabilities are computed in the parts of training, so that
     the first update sees exactly these numbers again (ratio ≡ 1).
     """
-    device = generator.device
-    uniforms = torch.rand(len(prompts), config.max_new_tokens, generator=generator, device=device)
+    device = policy.wte.weight.device
+    uniforms = torch.rand(len(prompts), config.max_new_tokens, generator=generator).to(device)
     with together(policy):
         responses = gathered(policy.generate(share(prompts), config.max_new_tokens, temperature=config.temperature,
                                              stop_token=tokenizer.end, uniforms=share(uniforms)))
@@ -332,11 +332,11 @@ def update(machine: Machine, policy: GPT, value_model: RewardModel, batch: Rollo
         values = state_values(value_model, batch.tokens[part], mask)                        # (b, t)
         loss_policy = policy_loss(logprobs, old_logprobs, advantages[part], mask, config.cliprange)
         loss_value = value_loss(values, old_values, returns[part], mask, config.cliprange_value)
-        share = mask.sum() / total                # means of parts, so weighted, add up to the mean of the minibatch
-        machine.backward(share * (loss_policy + config.vf_coef * loss_value))
+        weight = mask.sum() / total               # means of parts, so weighted, add up to the mean of the minibatch
+        machine.backward(weight * (loss_policy + config.vf_coef * loss_value))
         ratio = torch.exp(logprobs.detach() - old_logprobs)                                 # 1 outside the mask
         clipped = masked_mean(((ratio - 1).abs() > config.cliprange).float(), mask)
-        shown.append(torch.stack([share * loss_policy.detach(), share * loss_value.detach(), share * clipped,
+        shown.append(torch.stack([weight * loss_policy.detach(), weight * loss_value.detach(), weight * clipped,
                                   (ratio - 1).abs().max()]))
     numbers = torch.stack(shown)                                                            # (parts, 4)
     return dict(zip(("policy_loss", "value_loss", "clip_fraction"), numbers.sum(0))) | {"ratio_error": numbers[:, 3].max()}
@@ -346,6 +346,7 @@ def record(file: TextIO, step: int, conversations: list[list[dict]], batch: Roll
     """Append the episodes of a rollout to rollouts.jsonl, for whoever wants to read or grade them afterwards."""
     for messages, text, ended, score in zip(conversations, batch.texts, batch.ended, batch.scores.tolist()):
         file.write(json.dumps({"step": step, "messages": messages, "response": text, "ended": ended, "score": round(score, 4)}) + "\n")
+    file.flush()
 
 
 def first_sample(step: int, messages: list[dict], batch: Rollout) -> str:
@@ -358,9 +359,10 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
     check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size // world()),
                 micro_batch=(0, 10**6), inner_epochs=(1, 100), max_new_tokens=(1, 10**5), temperature=(0.01, 10),
-                beta=(0, 100), target_kl=(0, 10**4), max_kl=(0, 10**6), gamma=(0, 1), lam=(0, 1), cliprange=(0, 10),
-                cliprange_value=(0, 10**6), ptx_coef=(0, 10**4), ptx_windows=(world(), 10**6), ptx_window=(2, 10**6),
-                lr=(0, 1), value_lr=(0, 1), lora_rank=(0, 10**5))
+                beta=(0, 100), target_kl=(0, 10**4), horizon=(1, 10**9), max_kl=(0, 10**6), gamma=(0, 1), lam=(0, 1),
+                cliprange=(0, 10), cliprange_value=(0, 10**6), ptx_coef=(0, 10**4),
+                ptx_windows=(world() if config.ptx_coef > 0 else 1, 10**6), ptx_window=(2, 10**6), lr=(0, 1), value_lr=(0, 1),
+                lora_rank=(0, 10**5), sample_every=(1, 10**9))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
     if not config.init:
@@ -383,7 +385,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     conversations, prompts = prompt_rows(read_prompts(*config.data), tokenizer, room)
     text = text_stream(config.ptx_data, tokenizer, machine.device) if config.ptx_coef > 0 else None
     draw = random.Random(config.seed)
-    generator = torch.Generator(machine.device).manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     text_generator = torch.Generator().manual_seed(config.seed)
     optimizers = {adamw(model, peak, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-5): peak
                   for model, peak in ((policy, config.lr), (value_model, config.value_lr))}
@@ -409,6 +411,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
         rewards = kl_penalized_rewards(batch.scores, batch.logprobs, batch.ref_logprobs, batch.mask, beta)   # (B, T)
         advantages, returns = gae(rewards, batch.values, batch.mask, config.gamma, config.lam)               # (B, T)
         numbers = evaluate(batch, rewards, returns) | {"beta": beta}
+        record(rollouts, step + 1, [conversations[i] for i in chosen], batch)
         check_health(numbers, memory, config)
         advantages = whiten(advantages, batch.mask)
 
@@ -435,14 +438,12 @@ def train(config: Config, reward: Reward | None = None) -> dict:
         numbers.pop("ratio_error")
         if config.target_kl > 0:
             memory["beta"] = adapted_beta(beta, numbers["kl"], config.target_kl, config.batch_size, config.horizon)
-        record(rollouts, step + 1, [conversations[i] for i in chosen], batch)
         if (step + 1) % config.sample_every == 0:
             log.bar.write(first_sample(step + 1, conversations[chosen[0]], batch), file=sys.stderr)
         log.tokens += batch.tokens.numel() // world()
         log.write(step + 1, show=("score", "kl", "entropy", "length", "end_rate"), **numbers)
         log.bar.update()
         memory["history"].append(numbers)
-        rollouts.flush()
         run.after(step)
 
     rollouts.close()

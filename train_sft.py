@@ -94,7 +94,7 @@ def evaluate(model: GPT, rows: list[Row], pad: int, device, batch_size: int = 64
 def train(config: Config) -> dict:
     """Fine-tune and save. Returns the final metrics: val_loss (nats per response token), seconds, …"""
     check_range(config, epochs=(1, 10**4), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6), dropout=(0, 0.99),
-                ptx_windows=(world(), 10**6), ptx_window=(2, 10**6), max_tokens=(0, 10**7), lora_rank=(0, 10**5))
+                ptx_windows=(world() if config.ptx_data else 1, 10**6), ptx_window=(2, 10**6), max_tokens=(0, 10**7), lora_rank=(0, 10**5))
     if not config.data:
         raise InputError("--data: name one or more files of demonstrations")
     machine = setup(config)

@@ -45,7 +45,7 @@ def buckets(lengths: list[int], batch_size: int, draw: random.Random) -> list[li
 def even(batches: list[list[int]], shard: bool) -> list[list[int]]:
     """The batches of a run. With shard, all processes must compute the same number of passes: what does not divide by their number
     is left out of each batch, and InputError raised if nothing remains."""
-    if not shard or world() == 1:
+    if not shard or world() == 1 or not batches:
         return batches
     kept = [batch[:len(batch) // world() * world()] for batch in batches if len(batch) >= world()]
     if not kept:

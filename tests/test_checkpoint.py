@@ -157,7 +157,9 @@ def test_resuming_needs_a_checkpoint_and_the_same_flags(town, tmp_path, monkeypa
 def test_the_last_two_checkpoints_are_kept(town, tmp_path):
     run("base", town, tmp_path, save_every=3)
     assert [path.name.split("_")[1] for path in sorted((tmp_path / "resume").iterdir())] == ["000000006", "000000008"]
-    run("base", town, tmp_path, save_every=3)                    # a finished run is no obstacle
+    run("base", town, tmp_path, save_every=2, steps=4)           # a finished run is no obstacle, and leaves nothing
+    assert [path.name.split("_")[1:4] for path in sorted((tmp_path / "resume").iterdir())] == [
+        ["000000002", "of", "4"], ["000000004", "of", "4"]]
 
 
 @pytest.mark.parametrize("fault", ["flipped", "cut", "empty"])
@@ -219,11 +221,6 @@ def test_a_small_disk_runs_full_and_nothing_is_lost(town, tmp_path, small_disk):
     kept = sorted(path.name.split("_")[1] for path in (small_disk / "run/resume").iterdir())
     assert kept == ["000000002", "000000004"]
     shutil.copytree(small_disk / "run", tmp_path / "run")
-    moved = next((tmp_path / "run/resume").glob("step_000000004*"))
-    state = torch.load(moved, weights_only=True)             # the folder is part of a run's config: another disk is another --out
-    state["config"]["out"] = str(tmp_path / "run")
-    torch.save(state, moved)
-    moved.rename(moved.with_name(f"step_000000004_of_8_{checkpoint.checksum(moved)}.pt"))
     run("base", town, tmp_path / "run", save_every=2, eval_every=100, resume=True)
     run("base", town, tmp_path / "whole", eval_every=100)
     assert_same(tmp_path / "whole", tmp_path / "run")
@@ -255,9 +252,22 @@ def test_a_run_whose_data_has_changed_is_refused(town, tmp_path, monkeypatch):
         stop_at(patch, 2)
         with pytest.raises(Stopped):
             run("sft", town, tmp_path / "run", data=(str(tmp_path / "rows.jsonl"),))
-    (tmp_path / "rows.jsonl").write_text("".join(rows[:60]))
-    with pytest.raises(InputError, match="does not fit what --init and --data hold now .10 steps then, 4 now"):
+    (tmp_path / "rows.jsonl").write_text("".join(rows[1:] + rows[:1]))       # as many of them
+    with pytest.raises(InputError, match="rows.jsonl: has changed since the run in .* began"):
         run("sft", town, tmp_path / "run", data=(str(tmp_path / "rows.jsonl"),), resume=True)
+
+
+def test_a_run_whose_start_has_changed_is_refused(town, tmp_path, monkeypatch):
+    """DPO's reference is read again on --resume: it must be the one that the run began with."""
+    shutil.copytree(town / "sft", tmp_path / "sft")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stopped):
+            run("dpo", town, tmp_path / "run", init=str(tmp_path / "sft"))
+    shutil.rmtree(tmp_path / "sft")
+    shutil.copytree(town / "base", tmp_path / "sft")
+    with pytest.raises(InputError, match="sft: has changed since the run in .* began"):
+        run("dpo", town, tmp_path / "run", init=str(tmp_path / "sft"), resume=True)
 
 
 def test_a_run_saves_every_ten_minutes(town, tmp_path, monkeypatch):
@@ -289,7 +299,9 @@ def test_a_run_that_was_resumed_does_not_look_unfinished(town, tmp_path, monkeyp
 @pytest.mark.parametrize("stage", ["base", "sft", "rm", "dpo"])
 def test_the_best_model_is_kept(stage, town, tmp_path, monkeypatch):
     """The one of the lowest held-out loss, which is not the last; through an interruption too."""
-    changes = dict(eval_every=2, lr=0.1 if stage in ("base", "sft") else 0.02) | ({"lora_rank": 2} if stage == "dpo" else {})
+    changes = dict(eval_every=2) | ({"lora_rank": 2} if stage == "dpo" else {})
+    if stage in ("base", "sft"):                             # uphill, so that the first look is the best
+        monkeypatch.setattr(SCRIPTS[stage], "learning_rate", lambda *_, **__: -1e-3)
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
         with pytest.raises(Stopped):
