@@ -257,18 +257,26 @@ def load_pretrained(source: str, vocab_size: int = 0, chat: bool = False) -> tup
     path = find(source)
     if path.is_file():
         theirs, tensors, tokenizer = read_gguf(path)
-        family, config = our_config(theirs, str(path))
     else:
         try:
             theirs = json.loads((path / "config.json").read_text())
-            family, config = our_config(theirs, f"{path}/config.json")
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}/config.json: not a published model's ({type(error).__name__}: {error}); pass a folder "
                              f"that holds one") from error
-        tensors, tokenizer = read_tensors(path), read_tokenizer(path) if chat else None
-    with torch.device("meta"):
-        gpt = GPT(config)                   # shapes alone: its random start would be thrown away
-    state = to_ours(tensors, family, gpt)
+        tensors, tokenizer = None, None
+    where = str(path) if path.is_file() else f"{path}/config.json"
+    try:
+        family, config = our_config(theirs, where)
+        if tensors is None:
+            tensors, tokenizer = read_tensors(path), read_tokenizer(path) if chat else None
+        with torch.device("meta"):
+            gpt = GPT(config)                   # shapes alone: its random start would be thrown away
+        state = to_ours(tensors, family, gpt)
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
+    except Exception as error:          # values of wrong types fail anywhere; to the reader they are all one fault
+        raise InputError(f"{where}: not a published model's ({type(error).__name__}: {' '.join(str(error).split())[:100]}); pass a "
+                         f"folder that holds one") from error
     if chat and tokenizer:
         vocab_size = tokenizer.vocab_size
     if vocab_size > config.vocab_size:

@@ -74,16 +74,17 @@ def assert_same(one: Path, other: Path) -> None:
     assert rows_a == rows_b and final_a == final_b
 
 
-@pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_stopped_run_goes_on_bit_for_bit(stage, town, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage, changes", [*((stage, {}) for stage in SCRIPTS), ("sft", dict(dtype="float16")), ("ppo", dict(lora_rank=2)),
+                                            ("dpo", dict(lora_rank=2))])
+def test_a_stopped_run_goes_on_bit_for_bit(stage, changes, town, tmp_path, monkeypatch):
     """Stopped twice by a signal, resumed twice: weights, logs and final numbers of the run that was left alone."""
-    run(stage, town, tmp_path / "whole")
+    run(stage, town, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         stop_at(patch, 2, 5)
         for resumed in (False, True):
             with pytest.raises(Stopped, match="with --resume"):
-                run(stage, town, tmp_path / "cut", resume=resumed)
-    run(stage, town, tmp_path / "cut", resume=True)
+                run(stage, town, tmp_path / "cut", resume=resumed, **changes)
+    run(stage, town, tmp_path / "cut", resume=True, **changes)
     assert_same(tmp_path / "whole", tmp_path / "cut")
     start = load_checkpoint(town / ("base" if stage == "base" else "sft"), "language model")[0]
     moved = outcome(tmp_path / "whole")[0]
