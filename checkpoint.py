@@ -113,7 +113,7 @@ class Run:
     """The resumable state of a training run, in `OUT/resume/step_*.pt`.
 
     parts: name → model, optimizer, loss scaler (anything with state_dict), torch.Generator, random.Random, or a dict of plain
-    numbers that the loop changes. With config.resume they are set to the last checkpoint's; `start` is the step to go on with.
+    values that the loop changes. With config.resume they are set to the last checkpoint's; `start` is the step to go on with.
     """
 
     def __init__(self, config, steps: int, **parts):
@@ -163,8 +163,9 @@ class Run:
 
     def save(self, done: int) -> None:
         """Write the state after `done` steps, then remove all but the last checkpoints. The checksum is in the name."""
-        state = {"step": done, "steps": self.steps, "stage": stage(self.config), "config": asdict(self.config), "parts": {name: state_of(part) for name, part in self.parts.items()},
-                 "lowest": self.lowest, "inputs": self.inputs,
+        state = {"step": done, "steps": self.steps, "lowest": self.lowest,
+                 "stage": stage(self.config), "config": asdict(self.config), "inputs": self.inputs,
+                 "parts": {name: state_of(part) for name, part in self.parts.items()},
                  "random": gathered([(torch.get_rng_state(), device_random(self.parts))])}           # of each process
         if rank() > 0:
             return
@@ -227,9 +228,12 @@ class Run:
 def read(path: Path, previous: Path | None) -> dict:
     """The state in a checkpoint, its checksum verified before anything in it is unpacked; no code in it is run."""
     if not path.stem.endswith(checksum(path)):
-        remedy = f"delete it to go on from {previous.name}" if previous else "leave --resume out to begin anew"
+        remedy = f"delete it to go on from {previous.name}" if previous else "delete it and begin anew, without --resume"
         raise InputError(f"{path}: damaged (its checksum does not fit its name); {remedy}")
-    return torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:        # as in `load_checkpoint`
+        raise InputError(f"{path}: holds something else than a run's state ({type(error).__name__}); delete it") from error
 
 
 def stage(config) -> str:

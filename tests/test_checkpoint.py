@@ -181,6 +181,47 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(fault, to
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_no_code_in_a_checkpoint_is_run(town, tmp_path, monkeypatch):
+    """Not even where the checksum fits."""
+    monkeypatch.chdir(tmp_path)
+    state = tmp_path / "resume/state.pt"
+    state.parent.mkdir()
+    torch.save({"step": 1, "parts": Evil()}, state)
+    state.rename(state.with_name(f"step_000000001_of_8_{checkpoint.checksum(state)}.pt"))
+    with pytest.raises(InputError, match="holds something else than a run's state"):
+        run("base", town, tmp_path, resume=True)
+    save(tmp_path / "model", 1.0)
+    torch.save(Evil(), tmp_path / "model/model.pt")
+    description = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(description | {"sha256": checkpoint.checksum(tmp_path / "model/model.pt")}))
+    with pytest.raises(InputError, match="model.pt: cannot be read .UnpicklingError"):
+        load_checkpoint(tmp_path / "model", "language model")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_row_that_was_cut_off_is_written_again(town, tmp_path, monkeypatch):
+    """A kill in the middle of a row of the log; and a log that was lost."""
+    run("ppo", town, tmp_path / "whole")
+    for name, damage in (("cut", '{"step": 3, "sco'), ("lost", None)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, 2)
+            with pytest.raises(Stopped):
+                run("ppo", town, tmp_path / name)
+        for log in (tmp_path / name / "metrics.jsonl", tmp_path / name / "rollouts.jsonl"):
+            if damage:
+                log.write_text(log.read_text() + damage)
+            else:
+                log.unlink()
+        run("ppo", town, tmp_path / name, resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert all(torch.equal(a, b) for a, b in zip(outcome(tmp_path / "whole")[0].values(), outcome(tmp_path / "lost")[0].values()))
+
+
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(town, tmp_path, monkeypatch):
     save, count = torch.save, []
 

@@ -148,7 +148,7 @@ def test_any_damage_to_the_state_of_a_run(saved, tmp_path, place, bit, how):
     path.write_bytes(damaged(data, place, bit, how))
     if path.read_bytes() == data:
         return
-    with pytest.raises(InputError, match=f"{path.name}: damaged .its checksum does not fit its name.; leave --resume out"):
+    with pytest.raises(InputError, match=f"{path.name}: damaged .its checksum does not fit its name.; delete it and begin anew"):
         checkpoint.read(path, None)
 
 
