@@ -24,7 +24,6 @@ from tqdm import tqdm
 import parallel
 from parallel import rank, sum_gradients, summed
 
-
 LIMITS = {name: (0, 10 ** 9) for name in ("warmup", "weight_decay", "max_norm", "eval_every", "save_every")}     # of every script
 
 
@@ -227,7 +226,7 @@ def optimizer_step(machine: Machine, max_norm: float, rates: dict[torch.optim.Op
             write_atomically(path, lambda partial: partial.write_text(json.dumps(texts(), indent=1, ensure_ascii=False) + "\n"))
         raise InputError(f"objective {objective}, norm of the gradient {' and '.join(map(str, norms.values()))}: not finite, so this step was "
                          f"not taken. The batch is in {path}. Lower --lr, raise --warmup, or use --dtype float32; --resume goes "
-                         f"on from the last checkpoint, if --save_every has left one")
+                         f"on from the last state, if one has been saved")
     for optimizer, lr in rates.items():
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -1,4 +1,5 @@
 """Interrupted runs go on as if nothing had happened; damaged checkpoints are named, not loaded."""
+import functools
 import json
 import math
 import multiprocessing
@@ -78,6 +79,7 @@ def assert_same(one: Path, other: Path) -> None:
                                             ("dpo", dict(lora_rank=2))])
 def test_a_stopped_run_goes_on_bit_for_bit(stage, changes, town, tmp_path, monkeypatch):
     """Stopped twice by a signal, resumed twice: weights, logs and final numbers of the run that was left alone."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 22))   # fp16: to be lowered
     run(stage, town, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         stop_at(patch, 2, 5)
@@ -392,9 +394,11 @@ def test_a_model_saved_over_another_is_whole_at_every_moment(tmp_path, monkeypat
         calls = []
         with monkeypatch.context() as patch:
             for module, name in ((os, "replace"), (os, "fsync"), (torch, "save")):
-                def dying(*args, real=getattr(module, name)):
+                def dying(*args, name=name, real=getattr(module, name)):
                     calls.append(name)
                     if len(calls) == moment + 1:
+                        if name == "save":                      # in the middle of it
+                            Path(args[1]).write_bytes(b"half")
                         raise SystemExit
                     return real(*args)
                 patch.setattr(module, name, dying)
