@@ -316,9 +316,10 @@ def room_for(state: dict, folder: Path, what: str, remedy: str):
             with contextlib.suppress(OSError):
                 partial.unlink()
         need = sum(x.numel() * x.element_size() for x in tensors(state)) / 2 ** 20
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        raise InputError(f"{folder}: {what} could not be written ({str(error).splitlines()[0]}); it needs {need:,.1f} MiB and "
-                         f"{shutil.disk_usage(there).free / 2 ** 20:,.1f} are free; {remedy}") from error
+        free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free / 2 ** 20
+        reason = "no space left" if free < need else str(error).splitlines()[0]        # PyTorch's own words name neither
+        raise InputError(f"{folder}: {what} could not be written ({reason}); it needs {need:,.1f} MiB and {free:,.1f} are free; "
+                         f"{remedy}") from error
 
 
 def tensors(state) -> Iterator[torch.Tensor]:

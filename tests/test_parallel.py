@@ -22,7 +22,9 @@ from data.batches import even
 from test_checkpoint import SCRIPTS, run, stop_at
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
+if sys.platform == "linux":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")      # also where this machine's own name leads nowhere
 
 # Rows do not divide by two anywhere: windows 3 + 2, conversations 17 + 16, the last ranking of an epoch alone, episodes 2 + 1.
 UNEVEN = {"base": dict(batch_size=5, micro_batch=2, dropout=0.0), "sft": dict(batch_size=33, micro_batch=7, dropout=0.0, ptx_windows=3),
