@@ -32,12 +32,12 @@ from pathlib import Path
 
 import torch
 
-from common import InputError, read_log, write_and_flush, write_atomically
+from common import InputError, is_out_of_memory, read_log, write_and_flush, write_atomically
 from parallel import gathered, like, rank, share, summed, whole, world
 
 KEEP = 2                                            # checkpoints: if the last one is damaged there is one before it
 MINUTES = 10                                        # between them, where --save_every does not say how many steps
-FREE = ("resume", "save_every", "device", "shard", "out")    # fields that may differ between a run and its continuation
+FREE = ("resume", "save_every", "device", "shard", "out", "micro_batch", "max_kl", "sample_every")    # fields that may differ between a run and its continuation
 
 
 # ----------------------------------------------------------------------------- models
@@ -54,7 +54,11 @@ def save_checkpoint(folder: str | Path, model: torch.nn.Module, kind: str, confi
         description = {"kind": kind, "model": asdict(model.config), "run": asdict(config), **extra, "sha256": checksum(path)}
         write_and_flush(folder / "config.json.partial", lambda path: path.write_text(json.dumps(description, indent=2) + "\n"))
 
-    with room_for(state, folder, "model.pt", "the one that was there before is whole"):
+    if list(folder.glob("resume/step_*.pt")):
+        remedy = "make room: the run's last state is saved, and --resume goes on from there"
+    else:
+        remedy = "the one that was there before is whole" if (folder / "model.pt").exists() else "make room"
+    with room_for(state, folder, "model.pt", remedy):
         write_atomically(folder / "model.pt", write)         # killed here, `load_checkpoint` does the next line
         os.replace(folder / "config.json.partial", folder / "config.json")
 
@@ -63,6 +67,8 @@ def load_checkpoint(folder: str | Path, kind: str) -> tuple[dict, dict]:
     """Return (state, description) of a checkpoint of `kind`; InputError if it is absent, broken or of another kind."""
     folder = Path(folder)
     finish_saving(folder)
+    if list(folder.glob("resume/step_*.pt")) and not (folder / "final.json").exists() and (folder / "model.pt").exists():
+        print(f"note: {folder} holds an unfinished run; the model that is read here is of an earlier one", file=sys.stderr)
     try:
         description = json.loads((folder / "config.json").read_text())
         found = description["kind"]
@@ -80,6 +86,8 @@ def load_checkpoint(folder: str | Path, kind: str) -> tuple[dict, dict]:
             raise ValueError("its checksum is not the one in config.json")
         return torch.load(folder / "model.pt", map_location="cpu", weights_only=True), description
     except Exception as error:        # torch.load raises a dozen types; to the reader they are all one fault
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{folder}/model.pt: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]}); "
                          f"train that stage again") from error
 
@@ -120,24 +128,29 @@ class Run:
         self.config, self.steps, self.parts, self.start, self.lowest = config, steps, parts, 0, float("inf")
         self.folder = Path(config.out) / "resume"
         self.saved, self.inputs = time.monotonic(), fingerprints(config)
+        old, finished = self.checkpoints(), (self.folder.parent / "final.json").exists()      # written when all is done
+        if config.resume and finished:
+            raise InputError(f"{config.out}: this run is finished; leave --resume out to begin anew")
         if config.resume:
             self.load()
-        elif (old := self.checkpoints()) and not finished(old[-1]):
+        elif old and not finished:
             raise InputError(f"{self.folder}: holds an unfinished run ({old[-1].name}); --resume goes on with it, another --out "
                              f"leaves it alone, deleting the folder gives it up")
-        elif rank() == 0:                   # what an earlier run left here; its last state last, so that it never looks unfinished
+        summed(0)                           # nothing is removed before all processes have looked
+        if not config.resume and rank() == 0:                   # what an earlier run left here
             for path in old:
                 path.unlink()
+            (self.folder.parent / "final.json").unlink(missing_ok=True)
             shutil.rmtree(self.folder.parent / "best", ignore_errors=True)
         self.signals = Signals()
         self.give_back = weakref.finalize(self, self.signals.give_back)
 
     def after(self, step: int) -> None:
-        """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, or every ten minutes, and when told to
-        stop; at the end too if it has saved before, lest the run look unfinished."""
+        """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, or every ten minutes, when told to stop,
+        and at the end, lest the last evaluation or the saving of the model lose it all."""
         done, last, every = step + 1, step + 1 == self.steps, self.config.save_every
-        asked = done % every == 0 or last if every else last and bool(self.checkpoints())
-        timely = not every and time.monotonic() - self.saved > 60 * MINUTES
+        asked = every and done % every == 0
+        timely = last or not every and time.monotonic() - self.saved > 60 * MINUTES
         # One process was told to stop, rank 0 finds that it is time: all do it after the same step.
         flags = torch.tensor([self.signals.told, asked and rank() == 0, timely and rank() == 0], dtype=torch.float32)
         stop, asked, timely = (number > 0 for number in summed(flags).tolist())
@@ -185,7 +198,10 @@ class Run:
         loss = summed(loss if rank() == 0 else 0.0)             # rank 0's for all, as they save together
         if loss < self.lowest:
             self.lowest = loss
-            save(f"{self.config.out}/best")
+            try:
+                save(f"{self.config.out}/best")
+            except InputError as error:                         # no room: no reason to end
+                print(f"\nwarning: {error}", file=sys.stderr)
 
     def checkpoints(self) -> list[Path]:
         """From the earliest to the latest."""
@@ -209,7 +225,7 @@ class Run:
                 raise InputError(f"{path}: has changed since the run in {self.folder} began; begin anew in another --out")
         try:
             if state["steps"] != self.steps:
-                raise ValueError(f"{state['steps']} steps then, {self.steps} now")
+                raise ValueError(f"{state['steps']} steps then, {self.steps} now, or another number of processes with --shard")
             for name, part in self.parts.items():
                 set_state(part, state["parts"][name])
         except (RuntimeError, LookupError, ValueError, TypeError) as error:
@@ -231,9 +247,14 @@ def read(path: Path, previous: Path | None) -> dict:
         remedy = f"delete it to go on from {previous.name}" if previous else "delete it and begin anew, without --resume"
         raise InputError(f"{path}: damaged (its checksum does not fit its name); {remedy}")
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:        # as in `load_checkpoint`
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{path}: holds something else than a run's state ({type(error).__name__}); delete it") from error
+    if not (isinstance(state, dict) and state.keys() >= {"step", "steps", "lowest", "stage", "config", "inputs", "parts", "random"}):
+        raise InputError(f"{path}: holds something else than a run's state, or that of another version; delete it")
+    return state
 
 
 def stage(config) -> str:
@@ -242,19 +263,20 @@ def stage(config) -> str:
 
 
 def fingerprints(config) -> dict[str, str]:
-    """Path → digest of the files and models that a run reads. Of a model's folder the description, which holds a checksum; of a
-    folder of text names and sizes."""
+    """Path → digest of the files and models that a run reads: contents; of a model of this project the checksum that its description
+    holds; of a folder of text the names, sizes and dates of its files."""
     found = {}
     for value in asdict(config).values():
         for name in value if isinstance(value, tuple) else (value,):
             path = Path(re.sub(r":[\d.]+$", "", name)) if isinstance(name, str) and name not in ("", config.out) else None
             if path and path.is_file():
                 found[name] = checksum(path)
-            elif path and (path / "config.json").is_file():
-                found[name] = checksum(path / "config.json")
             elif path and path.is_dir():
-                files = sorted((str(file), file.stat().st_size) for file in path.rglob("*") if file.is_file())
-                found[name] = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+                own = re.search(r'"sha256": "(\w+)"', (path / "config.json").read_text()) if (path / "config.json").is_file() else None
+                weights = [checksum(file) for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))]
+                files = [] if own or weights else sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in path.rglob("*")
+                                                         if file.is_file() and not file.name.startswith("."))
+                found[name] = own[1] if own else hashlib.sha256(repr((weights, files)).encode()).hexdigest()[:16]
     return found
 
 
@@ -265,6 +287,9 @@ class Signals:
         self.told = False
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self.tell) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number, handler in self.before.items():         # a run that failed in this process may have left its own
+                if isinstance(getattr(handler, "__self__", None), Signals):
+                    self.before[number] = handler.__self__.before[number]
         else:
             self.before = {}
 
@@ -290,20 +315,14 @@ def device_random(parts: dict, state: torch.Tensor | None = None) -> torch.Tenso
     """The random state of the GPU that a run's model is on, set first if one is given; None on the CPU, whose state is kept apart."""
     device = next(p.device for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters())
     if device.type == "cuda":
-        if state is not None:
+        if state is not None and len(state) == len(torch.cuda.get_rng_state(device)):
             torch.cuda.set_rng_state(state, device)
         return torch.cuda.get_rng_state(device)
     if device.type == "mps":
-        if state is not None:
+        if state is not None and len(state) == len(torch.mps.get_rng_state()):
             torch.mps.set_rng_state(state)
         return torch.mps.get_rng_state()
     return None
-
-
-def finished(path: Path) -> bool:
-    """Whether a checkpoint is of a run's last step."""
-    _, step, _, steps, _ = path.stem.split("_")
-    return int(step) == int(steps)
 
 
 @contextlib.contextmanager

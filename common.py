@@ -24,7 +24,7 @@ from tqdm import tqdm
 import parallel
 from parallel import rank, sum_gradients, summed
 
-LIMITS = {name: (0, 10 ** 9) for name in ("warmup", "weight_decay", "max_norm", "eval_every", "save_every")}     # of every script
+LIMITS = {name: (0, 10 ** 9) for name in ("warmup", "weight_decay", "max_norm", "eval_every", "save_every", "seed")}     # of every script
 
 
 class InputError(ValueError):
@@ -89,16 +89,21 @@ def main(train, config_class: type, presets: dict[str, dict] | None = None) -> N
             raise
         sys.exit(f"error: {error}; a disk that is full or a folder that may not be written to? Make room, or choose another --out")
     except (MemoryError, RuntimeError) as error:
-        if parallel.world() > 1 and any(word in str(error) for word in ("onnection closed", "onnection reset", "roken pipe", "remote process")):
+        if parallel.world() > 1 and any(word in str(error) for word in ("onnection closed", "onnection reset", "roken pipe", "remote process", "Timed out")):
             sys.exit(f"error: another process of this run has ended ({str(error).splitlines()[0]}); its own message says why. To go on "
                      f"from the last checkpoint, run the same command with --resume")
-        words = ("can't allocate memory", "out of memory")        # of the CPU's allocator, of MPS
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)):
+        if not is_out_of_memory(error):
             raise
         fields_ = config_class.__dataclass_fields__
         remedies = [f"--{flag}" for flag in ("micro_batch 1", "max_tokens 256", "lora_rank 8") if flag.split()[0] in fields_]
         sys.exit(f"error: out of memory ({(str(error) or 'of the host').splitlines()[0]}); try "
                  f"{' or '.join(remedies) or 'a smaller model'}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; the CPU's allocator and MPS say so in words only."""
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 # ----------------------------------------------------------------------------- device and numbers
@@ -134,7 +139,9 @@ def setup(config) -> Machine:
     alone = parallel.world() == 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
-    if not alone and name == "mps" or name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > max(1, torch.cuda.device_count()):
+    if not alone and (name == "mps" or name.startswith("cuda:")):
+        raise InputError(f"--device {name}: several processes take --device cuda, each its own GPU, or --device cpu")
+    if name == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > max(1, torch.cuda.device_count()):
         raise InputError(f"--device {name}: there are fewer such devices than processes; start fewer, or take --device cpu")
     torch.manual_seed(config.seed)
     try:
@@ -146,7 +153,7 @@ def setup(config) -> Machine:
     if config.dtype not in ("auto", *names):
         raise InputError(f"--dtype {config.dtype}: expected auto, float32, bfloat16 or float16")
     dtype = names.get(config.dtype) or best_dtype(device)
-    if not alone and getattr(config, "shard", False):
+    if getattr(config, "shard", False):
         check_shard(config, dtype)
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items()), file=sys.stderr)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -156,6 +163,8 @@ def setup(config) -> Machine:
 
 def check_shard(config, dtype: torch.dtype) -> None:
     """InputError for what does not go together with --shard: all processes compute the same number of passes."""
+    if parallel.world() == 1:
+        return print("--shard: does nothing in a run of one process; start several with torchrun", file=sys.stderr)
     if dtype == torch.float16 or getattr(config, "lora_rank", 0) or getattr(config, "compile", False):
         raise InputError("--shard: does not go together with float16, --lora_rank or --compile; leave one of them out")
     each = parallel.world() * getattr(config, "minibatches", 1)
@@ -225,8 +234,8 @@ def optimizer_step(machine: Machine, max_norm: float, rates: dict[torch.optim.Op
         if rank() == 0:
             write_atomically(path, lambda partial: partial.write_text(json.dumps(texts(), indent=1, ensure_ascii=False) + "\n"))
         raise InputError(f"objective {objective}, norm of the gradient {' and '.join(map(str, norms.values()))}: not finite, so this step was "
-                         f"not taken. The batch is in {path}. Lower --lr, raise --warmup, or use --dtype float32; --resume goes "
-                         f"on from the last state, if one has been saved")
+                         f"not taken. The batch is in {path}. Look for what is odd in it, or begin anew, in another --out, with a "
+                         f"lower --lr, a longer --warmup or --dtype float32")
     for optimizer, lr in rates.items():
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -29,24 +29,24 @@ def most_tokens(batches: list[list[int]], shapes: list[tuple[int, int]], micro_b
 
 
 def report_memory(machine: Machine, tokens: int, trained: list[nn.Module], frozen: list[nn.Module] = [], cached: int = 0,
-                  likelihood: bool = False) -> float:
-    """Print on stderr what a run will need, in GiB; warn if that is more than there is, and raise InputError from twice that on.
+                  rows: int = 0, likelihood: bool = False) -> float:
+    """Print on stderr what a run will need, in GiB; warn if that is more than there is, and raise InputError from half as much again on.
     Returns the GiB.
 
     tokens: of the largest forward pass. trained, frozen: models, which are on the device already. cached: tokens that
-    generation holds. likelihood: all losses weigh log-probabilities alike, so that no probabilities are kept (kernels.py).
+    generation holds, in `rows` rows. likelihood: all losses weigh log-probabilities alike, so that no probabilities are kept (kernels.py).
     """
     weights = sum(4 * local(p).numel() for model in (*trained, *frozen) for p in model.parameters())
     states = sum(12 * local(p).numel() for model in trained for p in model.parameters() if p.requires_grad)
     work = sum(activation_bytes(model, tokens, machine, likelihood) for model in trained)
     config = trained[0].config
     width = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
-    work = max(work, 2 * config.n_layer * width * cached * machine.dtype.itemsize)
+    work = max(work, 2 * config.n_layer * width * cached * machine.dtype.itemsize + 4 * 4 * rows * config.vocab_size)    # four of logits' size
     room = available(machine.device) / GIB
     print(f"memory: about {(weights + states + work) / GIB:.1f} GiB on {machine.device} (weights {weights / GIB:.1f}, gradients and "
           f"AdamW {states / GIB:.1f}, at most {work / GIB:.1f} for {tokens:,} tokens at once); beside the weights {room:.1f} GiB "
           f"are free", file=sys.stderr)
-    if (states + work) / GIB > 2 * room:
+    if (states + work) / GIB > 1.5 * room:
         raise InputError("that cannot fit: take a smaller model, --micro_batch 1, shorter rows (--max_tokens, --max_new_tokens or "
                          "--window), fewer of them (--batch_size of PPO), or --lora_rank 8")
     if (states + work) / GIB > room:

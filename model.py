@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import load_checkpoint, save_checkpoint
-from common import InputError, available, progress
+from common import InputError, available, is_out_of_memory, progress
 from data.published import read_tokenizer, write_tokenizer
 from data.tokenizer import OWN_VOCABULARIES, Tokenizer, get_tokenizer
 from kernels import gelu, linear, token_logprobs
@@ -159,7 +159,7 @@ def check_size(config: GPTConfig) -> None:
     """InputError if the largest matrices alone exceed the memory that is free, before any of it is taken."""
     positions = 0 if config.rope_theta else config.block_size
     size = 4 * config.n_embd * (config.n_layer * 8 * config.n_embd + config.vocab_size + positions)
-    if size > available():
+    if size > available() and torch.get_default_device().type != "meta":
         raise InputError(f"a model of {config.n_layer} layers, {config.n_embd} wide, with {config.vocab_size} tokens and a context of "
                          f"{config.block_size} needs {size / 2 ** 30:,.0f} GiB for its weights alone: take smaller numbers")
 
@@ -472,8 +472,8 @@ def _load(folder, kind, build):
         if tokenizer is None or tokenizer.name != name:
             raise InputError(f"{folder}/tokenizer.json: missing, or not the one that this model was trained with; train that stage again")
         return model, tokenizer
-    except InputError:
-        raise
     except Exception as error:        # a changed description can fail in a dozen ways; to the reader they are all one fault
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
         raise InputError(f"{folder}: config.json and model.pt do not fit each other ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:100]}); train that stage again") from error

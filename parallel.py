@@ -12,6 +12,7 @@ alone writes. In a run of one process all of this does nothing.
 import contextlib
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())         # more of them: on CPUs only
-    dist.init_process_group()
+    dist.init_process_group(timeout=timedelta(days=1))       # one may encode text for hours; a dead one is noticed at once
     streams = sys.stdout, sys.stderr
     try:
         if rank() > 0:

@@ -357,11 +357,11 @@ def first_sample(step: int, messages: list[dict], batch: Rollout) -> str:
 
 def train(config: Config, reward: Reward | None = None) -> dict:
     """Run PPO-ptx and save the policy. `reward` overrides config.reward. Returns metrics averaged over the last tenth."""
-    check_range(config, steps=(1, 10**7), batch_size=(2, 10**6), minibatches=(1, config.batch_size // world()),
+    check_range(config, steps=(1, 10**7), batch_size=(max(2, world()), 10**6), minibatches=(1, config.batch_size // world()),
                 micro_batch=(0, 10**6), inner_epochs=(1, 100), max_new_tokens=(1, 10**5), temperature=(0.01, 10),
                 beta=(0, 100), target_kl=(0, 10**4), horizon=(1, 10**9), max_kl=(0, 10**6), gamma=(0, 1), lam=(0, 1),
                 cliprange=(0, 10), cliprange_value=(0, 10**6), ptx_coef=(0, 10**4),
-                ptx_windows=(world() if config.ptx_coef > 0 else 1, 10**6), ptx_window=(2, 10**6), lr=(0, 1), value_lr=(0, 1),
+                ptx_windows=(world() if config.ptx_coef > 0 else 1, 10**6), lr=(0, 1), value_lr=(0, 1), vf_coef=(0, 10**6),
                 lora_rank=(0, 10**5), sample_every=(1, 10**9))
     if not config.data:
         raise InputError("--data: name one or more files of prompts")
@@ -384,6 +384,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     room = policy.config.block_size - config.max_new_tokens
     conversations, prompts = prompt_rows(read_prompts(*config.data), tokenizer, room)
     text = text_stream(config.ptx_data, tokenizer, machine.device) if config.ptx_coef > 0 else None
+    check_range(config, ptx_window=(2, policy.config.block_size if text else 10**6))
     draw = random.Random(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     text_generator = torch.Generator().manual_seed(config.seed)
@@ -393,9 +394,10 @@ def train(config: Config, reward: Reward | None = None) -> dict:
     memory = {"beta": config.beta, "history": [], "endless": 0}        # what else changes from rollout to rollout
     longest = max(map(len, prompts)) + config.max_new_tokens
     frozen = [model for model in (reward_model, ref_policy) if isinstance(model, torch.nn.Module)]
-    largest = longest * (config.micro_batch or -(-config.batch_size // config.minibatches))
+    mine = -(-config.batch_size // world())
+    largest = longest * (config.micro_batch or -(-mine // config.minibatches))
     report_memory(machine, max(largest, config.ptx_windows * config.ptx_window if text else 0),
-                  trained=[policy, value_model], frozen=frozen, cached=longest * config.batch_size)
+                  trained=[policy, value_model], frozen=frozen, cached=longest * mine, rows=mine)
     run = Run(config, config.steps, policy=policy, value_model=value_model, draw=draw, generator=generator, memory=memory,
               text_generator=text_generator, scaler=machine.scaler, **dict(zip(("optimizer", "value_optimizer"), optimizers)))
     log = Log(config.out, config.steps, "ppo", run.start)

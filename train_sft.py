@@ -94,7 +94,7 @@ def evaluate(model: GPT, rows: list[Row], pad: int, device, batch_size: int = 64
 def train(config: Config) -> dict:
     """Fine-tune and save. Returns the final metrics: val_loss (nats per response token), seconds, …"""
     check_range(config, epochs=(1, 10**4), lr=(0, 1), batch_size=(1, 10**6), micro_batch=(0, 10**6), dropout=(0, 0.99),
-                ptx_windows=(world() if config.ptx_data else 1, 10**6), ptx_window=(2, 10**6), max_tokens=(0, 10**7), lora_rank=(0, 10**5))
+                ptx_windows=(world() if config.ptx_data else 1, 10**6), max_tokens=(0, 10**7), lora_rank=(0, 10**5), final_lr=(0, 1))
     if not config.data:
         raise InputError("--data: name one or more files of demonstrations")
     machine = setup(config)
@@ -109,6 +109,7 @@ def train(config: Config) -> dict:
     else:
         rows, val_rows = [row for i, row in enumerate(rows) if i % 20 or len(rows) == 1], rows[::20]
     text = text_stream(config.ptx_data, tokenizer, machine.device) if config.ptx_data else None
+    check_range(config, ptx_window=(2, model.config.block_size if text else 10**6))
     text_generator = torch.Generator().manual_seed(config.seed)
     lengths = [len(tokens) for tokens, _ in rows]
     draw = random.Random(config.seed)

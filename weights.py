@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import InputError, main, write_atomically
+from common import InputError, is_out_of_memory, main, write_atomically
 from data.published import PATTERNS, make_tokenizer, read_tokenizer, vocabulary, write_tokenizer
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, RewardModel, load_gpt, load_reward_model
@@ -275,6 +275,8 @@ def load_pretrained(source: str, vocab_size: int = 0, chat: bool = False) -> tup
     except InputError as error:
         raise error if str(path) in str(error) else InputError(f"{path}: {error}") from error
     except Exception as error:          # values of wrong types fail anywhere; to the reader they are all one fault
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{where}: not a published model's ({type(error).__name__}: {' '.join(str(error).split())[:100]}); pass a "
                          f"folder that holds one") from error
     if chat and tokenizer:

@@ -388,15 +388,20 @@ def transcript(value: str, field: str, where: str) -> list[dict]:
 
 def read_content(path: str | Path) -> str:
     """The text of a file, decompressed if it begins as gzip does, without a byte-order mark; parquet as JSON lines."""
-    room = int(min(available(), 2 ** 62)) // 8              # a text is held as bytes, as a string and as rows
+    room = available() / 4                      # a text is held as bytes, as a string and as rows: four times its size or more
     try:
         if Path(path).stat().st_size > room:
             raise too_large(path, Path(path).stat().st_size)
         data = Path(path).read_bytes()
         if data[:2] == b"\x1f\x8b":
-            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(room + 1)
-            if len(data) > room:
-                raise too_large(path, len(data))
+            pieces, size = [], 0
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                while piece := file.read(2 ** 24):
+                    pieces.append(piece)
+                    size += len(piece)
+                    if size > room:
+                        raise too_large(path, size)
+            data = b"".join(pieces)
         data = parquet_lines(path, data) if data[:4] == b"PAR1" else data
         return data.decode("utf-8-sig")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -413,7 +418,7 @@ def read_content(path: str | Path) -> str:
 
 def too_large(path: str | Path, size: int) -> InputError:
     """The error for a file that would not fit into memory."""
-    return InputError(f"{path}: {size / 2 ** 30:.1f} GiB or more, too much for the memory that is free; split the file (plain text: "
+    return InputError(f"{path}: {size / 2 ** 20:,.1f} MiB or more, too much for the memory that is free; split the file (plain text: "
                       f"into a folder of files, of which only one is read at a time)")
 
 

@@ -11,8 +11,7 @@ RL="--preset tinytown --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl
 # train FOLDER SCRIPT FLAGS: a stage; one that Ctrl-C stopped in that folder goes on
 train() {
     local out=$1 resume=; shift
-    local last=$(ls "$out"/resume/step_*.pt 2> /dev/null | tail -n 1)
-    if [[ $last =~ step_0*([0-9]+)_of_([0-9]+)_ ]] && (( BASH_REMATCH[1] < BASH_REMATCH[2] )); then resume=--resume; fi
+    if ls "$out"/resume/step_*.pt > /dev/null 2>&1 && [ ! -e "$out/final.json" ]; then resume=--resume; fi
     $PYTHON "$@" --seed "$SEED" --out "$out" $resume
 }
 

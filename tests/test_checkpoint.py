@@ -130,7 +130,7 @@ def test_a_run_killed_at_random_goes_on_bit_for_bit(stage, town, tmp_path, proce
     while kills < int(os.environ.get("KILLS", 5)):
         out, exitcode = tmp_path / str(rounds), None
         rounds += 1
-        while exitcode != 0:
+        while exitcode != 0 and not (out / "final.json").exists():
             training = processes.Event()
             process = processes.Process(target=child, args=(stage, town, out, training))
             process.start()
@@ -160,6 +160,8 @@ def test_resuming_needs_a_checkpoint_and_the_same_flags(town, tmp_path, monkeypa
 def test_the_last_two_checkpoints_are_kept(town, tmp_path):
     run("base", town, tmp_path, save_every=3)
     assert [path.name.split("_")[1] for path in sorted((tmp_path / "resume").iterdir())] == ["000000006", "000000008"]
+    with pytest.raises(InputError, match="this run is finished; leave --resume out to begin anew"):
+        run("base", town, tmp_path, save_every=3, resume=True)
     run("base", town, tmp_path, save_every=2, steps=4)           # a finished run is no obstacle, and leaves nothing
     assert [path.name.split("_")[1:4] for path in sorted((tmp_path / "resume").iterdir())] == [
         ["000000002", "of", "4"], ["000000004", "of", "4"]]
@@ -329,6 +331,47 @@ def test_a_run_saves_every_ten_minutes(town, tmp_path, monkeypatch):
     assert saved == [3, 6, 8]
 
 
+@pytest.mark.parametrize("stage", ["base", "rm"])
+def test_a_run_that_is_cut_in_its_last_evaluation_loses_nothing(stage, town, tmp_path, monkeypatch):
+    """All steps are done, nothing is saved by flag, and the model is not written: still it goes on, and is not mistaken for finished."""
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    changes = dict(eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(SCRIPTS[stage], "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(stage, town, tmp_path / "cut", **changes)
+    with pytest.raises(InputError, match="holds an unfinished run"):
+        run(stage, town, tmp_path / "cut", **changes)
+    run(stage, town, tmp_path / "cut", resume=True, **changes)
+    run(stage, town, tmp_path / "whole", **changes)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_retrained_stage_is_the_same_start(town, tmp_path, monkeypatch):
+    """`make run` trains finished stages again: a model with the same bits is the same model, however it was reached."""
+    start = dict(steps=4, eval_every=0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Stopped):
+            run("base", town, tmp_path / "base", **start)
+        run("base", town, tmp_path / "base", resume=True, **start)
+        with pytest.raises(Stopped):
+            run("sft", town, tmp_path / "sft", init=str(tmp_path / "base"))
+    run("base", town, tmp_path / "base", **start)
+    run("sft", town, tmp_path / "sft", init=str(tmp_path / "base"), resume=True)
+
+
+def test_no_memory_is_not_taken_for_damage(town, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+    run("base", town, tmp_path)
+    monkeypatch.setattr(torch, "load", full)
+    for read in (lambda: load_checkpoint(tmp_path, "language model"), lambda: checkpoint.read(next(tmp_path.glob("resume/*.pt")), None)):
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            read()
+
+
 def test_a_run_that_was_resumed_does_not_look_unfinished(town, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
@@ -441,7 +484,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(stage, 
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
-        with pytest.raises(InputError, match="norm of the gradient .*nan.*: not finite, so this step was not taken.*Lower --lr") as caught:
+        with pytest.raises(InputError, match="norm of the gradient .*nan.*: not finite, so this step was not taken.*lower --lr") as caught:
             run(stage, town, tmp_path / "cut", save_every=1)
     assert "\n" not in str(caught.value) and str(tmp_path / "cut/bad_batch.json") in str(caught.value)
     texts = json.loads((tmp_path / "cut/bad_batch.json").read_text())

@@ -19,6 +19,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 import checkpoint  # noqa: E402
 import common  # noqa: E402
+import memory  # noqa: E402
 from common import InputError  # noqa: E402
 from data.readers import Ranking, read_demonstrations, read_prompts, read_rankings, read_text  # noqa: E402
 from data.tokenizer import get_tokenizer  # noqa: E402
@@ -188,6 +189,7 @@ def first_step(stage: str, town: Path, folder: Path, changes: dict) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.Log, "write", first)
+        patch.setattr(memory, "available", lambda device: 2 ** 31)     # what is let through must not fill the machine
         try:
             SCRIPTS[stage].train(config_of(stage, town, folder, **changes))
         except Running:

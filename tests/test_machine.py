@@ -1,6 +1,7 @@
 """Devices, precision, presets, and what a run says about memory before it starts."""
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -149,6 +150,17 @@ def test_the_report_adds_up(capsys):
     cache = report_memory(machine(), 100, trained=[policy], frozen=[reward], cached=10 ** 6) * 2 ** 30
     assert cache == pytest.approx(4 * (N + M) + 12 * (N - 16 * 32) + 2 * 2 * 32 * 10 ** 6 * 4)
     assert "may not fit" not in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_refused(monkeypatch):
+    """From half as much again as there is; logits of sampling count with keys and values."""
+    gpt = GPT(GPTConfig(16, 64, 2, 2, 32))
+    states = 12 * sum(p.numel() for p in gpt.parameters())
+    sampling = 2 * 2 * 32 * 4 * 10 ** 6 + 16 * 64 * 10 ** 5
+    for room, refused in (((states + sampling) / 1.5 - 1000, True), ((states + sampling) / 1.5 + 1000, False)):
+        monkeypatch.setattr("memory.available", lambda device: room)
+        with pytest.raises(InputError, match="that cannot fit") if refused else nullcontext():
+            report_memory(machine(), 10, trained=[gpt], cached=10 ** 6, rows=10 ** 5)
 
 
 def test_too_little_memory_is_said_with_the_remedy(monkeypatch, capsys):
