@@ -37,7 +37,8 @@ from parallel import gathered, like, rank, share, summed, whole, world
 
 KEEP = 2                                            # checkpoints: if the last one is damaged there is one before it
 MINUTES = 10                                        # between them, where --save_every does not say how many steps
-FREE = ("resume", "save_every", "device", "shard", "out", "micro_batch", "max_kl", "sample_every")    # fields that may differ between a run and its continuation
+# Fields that may differ between a run and its continuation.
+FREE = ("resume", "save_every", "device", "shard", "out", "micro_batch", "max_kl", "sample_every")
 
 
 # ----------------------------------------------------------------------------- models

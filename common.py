@@ -85,11 +85,12 @@ def main(train, config_class: type, presets: dict[str, dict] | None = None) -> N
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise
         sys.exit(f"error: {error}; a disk that is full or a folder that may not be written to? Make room, or choose another --out")
     except (MemoryError, RuntimeError) as error:
-        if parallel.world() > 1 and any(word in str(error) for word in ("onnection closed", "onnection reset", "roken pipe", "remote process", "Timed out")):
+        lost = ("onnection closed", "onnection reset", "roken pipe", "remote process", "Timed out")        # gloo's and NCCL's words
+        if parallel.world() > 1 and any(word in str(error) for word in lost):
             sys.exit(f"error: another process of this run has ended ({str(error).splitlines()[0]}); its own message says why. To go on "
                      f"from the last checkpoint, run the same command with --resume")
         if not is_out_of_memory(error):

@@ -4,7 +4,7 @@
     gradients and AdamW           4 + 8 bytes a trained parameter
     activations                   what autograd keeps for the backward pass of one forward pass: measured on a few tokens
     logits                        two chunks of them, the gradient of the head's matrix, probabilities that wait (kernels.py)
-    keys and values               of the tokens that generation holds (PPO), instead of the two lines above
+    keys, values and logits       of what generation holds (PPO), instead of the two lines above
 
 An estimate: libraries, the data and fragmentation come on top, some hundred megabytes.
 """
@@ -41,7 +41,8 @@ def report_memory(machine: Machine, tokens: int, trained: list[nn.Module], froze
     work = sum(activation_bytes(model, tokens, machine, likelihood) for model in trained)
     config = trained[0].config
     width = (config.n_kv_head or config.n_head) * (config.n_embd // config.n_head)
-    work = max(work, 2 * config.n_layer * width * cached * machine.dtype.itemsize + 4 * 4 * rows * config.vocab_size)    # four of logits' size
+    sampling = 2 * config.n_layer * width * cached * machine.dtype.itemsize + 4 * 4 * rows * config.vocab_size    # four times logits
+    work = max(work, sampling)
     room = available(machine.device) / GIB
     print(f"memory: about {(weights + states + work) / GIB:.1f} GiB on {machine.device} (weights {weights / GIB:.1f}, gradients and "
           f"AdamW {states / GIB:.1f}, at most {work / GIB:.1f} for {tokens:,} tokens at once); beside the weights {room:.1f} GiB "
