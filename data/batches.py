@@ -48,8 +48,9 @@ def even(batches: list[list[int]], shard: bool) -> list[list[int]]:
     if not shard or world() == 1 or not batches:
         return batches
     kept = [batch[:len(batch) // world() * world()] for batch in batches if len(batch) >= world()]
-    print(f"--shard: {sum(map(len, batches)) - sum(map(len, kept))} of {sum(map(len, batches))} rows left out, as they do not divide "
-          f"by {world()} processes", file=sys.stderr)
+    rows, left = sum(map(len, batches)), sum(map(len, batches)) - sum(map(len, kept))
+    if left:
+        print(f"--shard: {left} of {rows} rows left out, as their batches do not divide by {world()} processes", file=sys.stderr)
     if not kept:
         raise InputError(f"--shard: no batch holds a row for each of the {world()} processes; raise --batch_size")
     return kept
