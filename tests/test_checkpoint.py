@@ -122,12 +122,12 @@ def processes():
 def test_a_run_killed_at_random_goes_on_bit_for_bit(stage, town, tmp_path, processes):
     """kill −9 at random moments after the start of training, then again from what is there, until KILLS are done.
 
-    KILLS=20 pytest tests/test_checkpoint.py -k killed      more of them than the five of every run of the tests
+    KILLS=20 pytest tests/test_checkpoint.py -k killed      more of them than the three of every run of the tests
     """
     start = time.time()
     run(stage, town, tmp_path / "whole", save_every=1)
     length, draw, kills, rounds = time.time() - start, random.Random(stage), 0, 0
-    while kills < int(os.environ.get("KILLS", 5)):
+    while kills < int(os.environ.get("KILLS", 3)):
         out, exitcode = tmp_path / str(rounds), None
         rounds += 1
         while exitcode != 0 and not (out / "final.json").exists():

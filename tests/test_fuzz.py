@@ -28,7 +28,7 @@ from test_checkpoint import SCRIPTS, config_of  # noqa: E402
 
 READERS = (read_demonstrations, read_rankings, read_prompts, read_text)
 TOKENIZER = get_tokenizer("tinytown")
-COUNT = int(os.environ.get("FUZZ", 300))
+COUNT = int(os.environ.get("FUZZ", 150))
 calm = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
 fuzz, fuzz_runs = settings(max_examples=COUNT, **calm), settings(max_examples=max(1, COUNT // 30), **calm)
 
