@@ -295,6 +295,7 @@ class Signals:
             self.before = {}
 
     def tell(self, number, frame) -> None:
+        """The handler."""
         if self.told and world() == 1:
             raise KeyboardInterrupt
         if not self.told and rank() == 0:       # print might be in the middle of a line
@@ -302,6 +303,7 @@ class Signals:
         self.told = True                        # several processes: torchrun passes on what the terminal has sent to all already
 
     def ignore(self) -> None:
+        """From here on nothing interrupts this process but kill −9."""
         for number in self.before:
             signal.signal(number, signal.SIG_IGN)
 
@@ -337,7 +339,7 @@ def room_for(state: dict, folder: Path, what: str, remedy: str):
                 partial.unlink()
         need = sum(x.numel() * x.element_size() for x in tensors(state)) / 2 ** 20
         free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free / 2 ** 20
-        reason = "no space left" if free < need else str(error).splitlines()[0]        # PyTorch's own words name neither
+        reason = "no space left" if free < need else str(error).splitlines()[0]        # PyTorch's own words do not say so
         raise InputError(f"{folder}: {what} could not be written ({reason}); it needs {need:,.1f} MiB and {free:,.1f} are free; "
                          f"{remedy}") from error
 

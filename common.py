@@ -1,4 +1,4 @@
-"""One run's plumbing, shared by every script: command line, device, schedule, checkpoints, log, progress.
+"""One run's plumbing, shared by every script: command line, device, schedule, step, files, log, progress.
 
 Nothing here appears on a slide. What a lecture has a symbol for stands in the script that teaches it.
 """
