@@ -77,6 +77,7 @@ def main(train, config_class: type, presets: dict[str, dict] | None = None) -> N
     try:
         with parallel.processes():
             train(config)
+        parallel.leave()
     except InputError as error:
         if parallel.rank() > 0:             # rank 0 may have the same to say; then torchrun ends this process meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -35,3 +35,5 @@ with parallel.processes():
             (Path(out) / "error").write_text(str(error))
         except SystemExit:                  # when rank 0 has saved, slow as it is
             assert parallel.rank() == 1 and list(Path(out).glob("resume/step_*.pt"))
+
+parallel.leave()
