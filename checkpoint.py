@@ -32,6 +32,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:                                 # Windows
+    fcntl = None
+
 from common import InputError, is_out_of_memory, read_log, write_and_flush, write_atomically
 from parallel import gathered, like, rank, share, summed, whole, world
 
@@ -132,11 +137,15 @@ class Run:
         old, finished = self.checkpoints(), (self.folder.parent / "final.json").exists()      # written when all is done
         if config.resume and finished:
             raise InputError(f"{config.out}: this run is finished; leave --resume out to begin anew")
-        if config.resume:
-            self.load()
-        elif old and not finished:
+        if config.resume and not old:
+            raise InputError(f"--resume: no checkpoint in {self.folder}; leave --resume out to begin anew")
+        if old and not (config.resume or finished):
             raise InputError(f"{self.folder}: holds an unfinished run ({old[-1].name}); --resume goes on with it, another --out "
                              f"leaves it alone, deleting the folder gives it up")
+        if summed(float(self.taken())):
+            raise InputError(f"{config.out}: another run is writing to it; wait for its end, or choose another --out")
+        if config.resume:
+            self.load()
         summed(0)                           # nothing is removed before all processes have looked
         if not config.resume and rank() == 0:                   # what an earlier run left here
             for path in old:
@@ -145,6 +154,18 @@ class Run:
             shutil.rmtree(self.folder.parent / "best", ignore_errors=True)
         self.signals = Signals()
         self.give_back = weakref.finalize(self, self.signals.give_back)
+
+    def taken(self) -> bool:
+        """Whether another process trains in this folder. If none does, it is this one's until it ends, however it ends."""
+        if rank() > 0 or fcntl is None:
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):          # which of them, is the system's choice
+            return True
+        return False
 
     def after(self, step: int) -> None:
         """Call at the end of step `step` (from 0). Saves at every config.save_every-th step, or every ten minutes, when told to stop,
@@ -211,8 +232,6 @@ class Run:
     def load(self) -> None:
         """Set the parts to the latest checkpoint's state, and cut the logs to its step."""
         paths = self.checkpoints()
-        if not paths:
-            raise InputError(f"--resume: no checkpoint in {self.folder}; leave --resume out to begin anew")
         state = read(paths[-1], paths[-2] if len(paths) > 1 else None)
         if state["stage"] != stage(self.config):
             raise InputError(f"{paths[-1]}: is of {state['stage']}.py; name the folder that {stage(self.config)}.py had as --out")

@@ -69,6 +69,11 @@ def outcome(out: Path) -> tuple[dict, list[dict], dict]:
     return state, [{k: v for k, v in row.items() if k not in timed} for row in rows], {k: v for k, v in final.items() if k not in timed}
 
 
+def kept(out: Path) -> list[str]:
+    """The steps of the states in a run's folder; there is nothing else but the lock."""
+    return sorted(path.name.split("_")[1] for path in (out / "resume").iterdir() if path.name != "lock")
+
+
 def assert_same(one: Path, other: Path) -> None:
     (a, rows_a, final_a), (b, rows_b, final_b) = outcome(one), outcome(other)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -157,14 +162,41 @@ def test_resuming_needs_a_checkpoint_and_the_same_flags(town, tmp_path, monkeypa
         run("sft", town, tmp_path)
 
 
+HOLD = """import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(100)"""
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_runs_in_one_folder_are_refused(resume, town, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    if resume:
+        stop_at(monkeypatch, 2)
+        with pytest.raises(Stopped):
+            run("base", town, tmp_path / "a")
+    else:
+        (tmp_path / "a/resume").mkdir(parents=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a/resume/lock")], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(InputError, match="another run is writing to it"):
+                run("base", town, tmp_path / "a", resume=resume)
+        finally:
+            other.kill()
+    assert all(path.read_bytes() == content for path, content in before.items())
+    run("base", town, tmp_path / "a", resume=resume)          # a process that was killed holds nothing
+
+
 def test_the_last_two_checkpoints_are_kept(town, tmp_path):
     run("base", town, tmp_path, save_every=3)
-    assert [path.name.split("_")[1] for path in sorted((tmp_path / "resume").iterdir())] == ["000000006", "000000008"]
+    assert kept(tmp_path) == ["000000006", "000000008"]
     with pytest.raises(InputError, match="this run is finished; leave --resume out to begin anew"):
         run("base", town, tmp_path, save_every=3, resume=True)
     run("base", town, tmp_path, save_every=2, steps=4)           # a finished run is no obstacle, and leaves nothing
-    assert [path.name.split("_")[1:4] for path in sorted((tmp_path / "resume").iterdir())] == [
-        ["000000002", "of", "4"], ["000000004", "of", "4"]]
+    assert kept(tmp_path) == ["000000002", "000000004"]
 
 
 @pytest.mark.parametrize("fault", ["flipped", "cut", "empty"])
@@ -240,7 +272,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(town, tmp_path, monkey
         patch.setattr(checkpoint.torch, "save", full)
         with pytest.raises(InputError, match=r"it needs \d+\.\d MiB and [\d,.]+ are free; the one before it is whole"):
             run("base", town, tmp_path / "cut", save_every=2)
-    assert [path.name.split("_")[1] for path in sorted((tmp_path / "cut/resume").iterdir())] == ["000000002", "000000004"]
+    assert kept(tmp_path / "cut") == ["000000002", "000000004"]
     run("base", town, tmp_path / "whole")
     run("base", town, tmp_path / "cut", save_every=2, resume=True)
     assert_same(tmp_path / "whole", tmp_path / "cut")
@@ -250,7 +282,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(town, tmp_path, monkey
 def small_disk(tmp_path, town):
     """A disk with room for a model and two and a half checkpoints."""
     run("base", town, tmp_path / "measure", save_every=8)
-    checkpoint_, = (tmp_path / "measure/resume").iterdir()
+    checkpoint_, = (tmp_path / "measure/resume").glob("step_*.pt")
     size = int(2.5 * checkpoint_.stat().st_size) + (tmp_path / "measure/model.pt").stat().st_size
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -264,8 +296,7 @@ def test_a_small_disk_runs_full_and_nothing_is_lost(town, tmp_path, small_disk):
     """A real one: the third checkpoint does not fit beside two. What is there goes on elsewhere, to the end of a whole run."""
     with pytest.raises(InputError, match=r"could not be written .*it needs \d+\.\d MiB and \d+\.\d are free; the one before it is whole"):
         run("base", town, small_disk / "run", save_every=2, eval_every=100)
-    kept = sorted(path.name.split("_")[1] for path in (small_disk / "run/resume").iterdir())
-    assert kept == ["000000002", "000000004"]
+    assert kept(small_disk / "run") == ["000000002", "000000004"]
     shutil.copytree(small_disk / "run", tmp_path / "run")
     run("base", town, tmp_path / "run", save_every=2, eval_every=100, resume=True)
     run("base", town, tmp_path / "whole", eval_every=100)
