@@ -137,7 +137,7 @@ def setup(config) -> Machine:
     those instructions emulates bf16 a hundred times slower than fp32), fp16 on older CUDA, else fp32.
     """
     name = config.device
-    check_range(config, **{name: limits for name, limits in LIMITS.items() if hasattr(config, name)})
+    check_range(config, **{field: limits for field, limits in LIMITS.items() if hasattr(config, field)})
     alone = parallel.world() == 1
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if alone and torch.backends.mps.is_available() else "cpu"
@@ -166,7 +166,8 @@ def setup(config) -> Machine:
 def check_shard(config, dtype: torch.dtype) -> None:
     """InputError for what does not go together with --shard: all processes compute the same number of passes."""
     if parallel.world() == 1:
-        return print("--shard: does nothing in a run of one process; start several with torchrun", file=sys.stderr)
+        print("--shard: does nothing in a run of one process; start several with torchrun", file=sys.stderr)
+        return
     if dtype == torch.float16 or getattr(config, "lora_rank", 0) or getattr(config, "compile", False):
         raise InputError("--shard: does not go together with float16, --lora_rank or --compile; leave one of them out")
     each = parallel.world() * getattr(config, "minibatches", 1)

@@ -103,6 +103,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Causal attention with n_head queries and n_kv_head keys and values a token, (B, T, C) → (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.heads = config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head        # q, k, v
@@ -127,6 +129,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); (B, T, C) → (B, T, C)."""
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -165,6 +169,9 @@ def check_size(config: GPTConfig) -> None:
 
 
 class GPT(nn.Module):
+    """The language model: `hidden` gives states, `logprobs` log π of given tokens, `generate` samples. ValueError if heads do not
+    divide the width, InputError if its weights do not fit into memory."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head:

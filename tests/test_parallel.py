@@ -190,8 +190,7 @@ def test_what_cannot_be_shared_is_said_in_one_line(town, tmp_path):
     (train_dpo, dict(dtype="float16"), "does not go together with float16")])
 def test_what_cannot_be_sharded_is_refused(script, changes, words, monkeypatch):
     """Else the processes would wait for each other for ever."""
-    config = script.Config(**dict(shard=True, device="cpu", dtype="float32", **{k: v for k, v in changes.items() if k != "dtype"})
-                           | {k: v for k, v in changes.items() if k == "dtype"})
+    config = script.Config(**dict(shard=True, device="cpu", dtype="float32") | changes)
     common.setup(config)                                        # one process: nothing to share
     monkeypatch.setattr(parallel, "world", lambda: 2)
     with pytest.raises(InputError, match=words):
