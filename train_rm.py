@@ -126,7 +126,7 @@ def evaluate(model: RewardModel, rankings: list[Ranking], groups: list[Group], p
         rewards = ranking_rewards(model, batch)                                             # (B, K)
         hits, count = ranking_accuracy(rewards, batch.scores, batch.mask)
         right, pairs = right + hits, pairs + count
-        total += ranking_loss(rewards, batch.scores, batch.mask).item() * batch.untied
+        total += ranking_loss(rewards, batch.scores, batch.mask, batch.margin).item() * batch.untied
         prompts += batch.untied
     return {"accuracy": right / max(1, pairs), "loss": total / max(1, prompts)}
 
