@@ -101,11 +101,11 @@ class Answers:
     length: float            # mean tokens, end token included
 
 
-def grade(conversations: list[list[dict]], ids: list[list[int]], tokenizer: Tokenizer, reward: Reward) -> Answers:
+def grade(conversations: list[list[dict]], prompts: list[list[int]], ids: list[list[int]], tokenizer: Tokenizer, reward: Reward) -> Answers:
     """Gold and proxy scores of one response to each conversation."""
     texts, ended = zip(*(tokenizer.response_text(response) for response in ids))
     gold = torch.tensor([gold_score(*row) for row in zip(conversations, texts, ended)])
-    proxy = torch.tensor(reward(conversations, list(texts)))
+    proxy = torch.tensor(reward(prompts, ids))
     return Answers(list(texts), ids, gold, proxy, sum(map(len, ids)) / len(ids))
 
 
@@ -168,18 +168,19 @@ def train(config: Config) -> dict:
         with machine.autocast():
             return generate_many(model, prompts, config.max_new_tokens, stop_token=tokenizer.end, generator=generator, title=title)
 
-    answers = {name: grade(conversations, sample(model, prompts, name), tokenizer, reward) for name, model in models.items()}
+    answers = {name: grade(conversations, prompts, sample(model, prompts, name), tokenizer, reward) for name, model in models.items()}
 
     def several(indices, count: int, title: str) -> Answers:
         """`count` responses of the SFT model to each of these prompts, one after the other."""
         rows = [i for i in indices for _ in range(count)]
-        return grade([conversations[i] for i in rows], sample(models["sft"], [prompts[i] for i in rows], title), tokenizer, reward)
+        asked = [prompts[i] for i in rows]
+        return grade([conversations[i] for i in rows], asked, sample(models["sft"], asked, title), tokenizer, reward)
 
     n, everything = config.n, range(len(prompts))
     baseline = several(everything, config.opponents, "opponents").gold.view(-1, config.opponents)
     pool = several(everything, n, f"best of {n}")
     chosen, chosen_proxy = best_of_n(pool.ids, pool.proxy, n)
-    answers[f"best_of_{n}"] = grade(conversations, chosen, tokenizer, reward)
+    answers[f"best_of_{n}"] = grade(conversations, prompts, chosen, tokenizer, reward)
 
     pad, device = tokenizer.pad, machine.device
     kl = {name: kl_from_samples(model, models["sft"], prompts, answers[name].ids, pad, device) for name, model in models.items()}

@@ -83,7 +83,7 @@ def print_samples(model: GPT, tokenizer: Tokenizer, machine: Machine, config: Co
     columns: dict[str, list[float]] = {}
     if config.reward:
         reward_model, _ = load_reward_model(config.reward)
-        columns["reward"] = model_reward(reward_model.to(machine.device).eval(), tokenizer)(conversations, texts)
+        columns["reward"] = model_reward(reward_model.to(machine.device).eval(), tokenizer)(prompts, ids)
     if config.ref:
         ref = load_gpt(config.ref)[0].to(machine.device).eval()
         own, other = (response_logprobs(m, prompts, ids, tokenizer.pad, machine.device) for m in (model, ref))

@@ -42,7 +42,7 @@ from model import GPT, RewardModel, before, load_gpt, load_reward_model, save_mo
 from parallel import gathered, place, share, summed, together, world
 from train_base import pretraining_loss
 
-# A reward is any function of (conversations, response texts) that returns one number for each.
+# A reward is any function of (conversations, response texts) that returns one number for each; a reward model reads ids.
 Reward = Callable[[list[list[dict]], list[str]], list[float]]
 
 
@@ -198,18 +198,20 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- reward and rollout
 
 def model_reward(model: RewardModel, tokenizer: Tokenizer) -> Reward:
-    """A trained reward model as a function of (conversations, responses). Too long a response is scored at its cut."""
+    """A trained reward model as a function of (prompts, responses), ids as they were sampled: text encoded anew may be cut
+    into other tokens, and an end token that was never written is no part of a response. Too long a row is scored at its cut."""
     @torch.no_grad()
-    def reward(conversations: list[list[dict]], responses: list[str]) -> list[float]:
+    def reward(prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
         rows = []
-        for messages, text in zip(conversations, responses):
-            ids, mask = response_row(tokenizer.render_prompt(messages), [*tokenizer.encode(text), tokenizer.end])
+        for prompt, response in zip(prompts, responses):
+            ids, mask = response_row(prompt, response)
             rows.append((ids[:model.config.block_size], mask[:model.config.block_size]))
         scores = torch.zeros(len(rows))
         for part in by_length([len(ids) for ids, _ in rows], 32):
             tokens, _, lengths = pad_rows([rows[i] for i in part], tokenizer.pad, model.head.weight.device)
             scores[part] = model(tokens, lengths).cpu()
         return scores.tolist()
+    reward.reads_ids = True
     return reward
 
 
@@ -276,8 +278,11 @@ def rollout(policy: GPT, ref_policy: GPT, value_model: RewardModel, reward: Rewa
         responses = gathered(policy.generate(share(prompts), config.max_new_tokens, temperature=config.temperature,
                                              stop_token=tokenizer.end, uniforms=share(uniforms)))
     texts, ended = map(list, zip(*(tokenizer.response_text(response) for response in responses)))
-    scores = torch.tensor(gathered(list(reward(share(conversations), share(texts)))), dtype=torch.float32, device=device)
-    scores = torch.where(torch.tensor(ended, device=device), scores, config.missing_end_score)
+    whole = [i for i in share(list(range(len(prompts)))) if ended[i]]           # what never ended is not scored
+    asked = (prompts, responses) if getattr(reward, "reads_ids", False) else (conversations, texts)
+    found = dict(zip(whole, reward(*([x[i] for i in whole] for x in asked)))) if whole else {}
+    scores = torch.tensor(gathered([found.get(i, config.missing_end_score) for i in share(list(range(len(prompts))))]),
+                          dtype=torch.float32, device=device)
     tokens, mask, lengths = pad_rows([response_row(p, r) for p, r in zip(prompts, responses)], tokenizer.pad, device)
     minibatches = split(lengths.tolist(), config.minibatches, config.micro_batch, device)
     numbers = torch.zeros(4, *tokens.shape, device=device)

@@ -376,7 +376,7 @@ def test_a_chatml_reward_is_read_where_it_was_trained():
     groups = [(tokenizer.render_prompt(messages), [[*tokenizer.encode(text), tokenizer.end] for text in ("Ho.", "No no.")])]
     batch = batches.ranking_batch([Ranking(messages, ["Ho.", "No no."], [1.0, 0.0])], groups, tokenizer.pad)
     trained = train_rm.ranking_rewards(model, batch)[0].tolist()
-    assert train_ppo.model_reward(model, tokenizer)([messages] * 2, ["Ho.", "No no."]) == pytest.approx(trained, abs=1e-5)
+    assert train_ppo.model_reward(model, tokenizer)([tokenizer.render_prompt(messages)] * 2, [[*tokenizer.encode(x), tokenizer.end] for x in ("Ho.", "No no.")]) == pytest.approx(trained, abs=1e-5)
     rows = batches.demonstration_rows([[*messages, {"role": "assistant", "content": text}] for text in ("Ho.", "No no.")], tokenizer, 64)
     assert all(tokens[-1] == tokenizer.end and mask[-1] for tokens, mask in rows)
     train_rm.set_bias(model, rows, tokenizer.pad, "cpu")
