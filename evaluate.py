@@ -13,6 +13,7 @@ import math
 import random
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,9 +163,10 @@ def train(config: Config) -> dict:
     reward = model_reward(reward_model.to(machine.device).eval(), tokenizer)
     conversations, prompts = prompt_rows(read_prompts(config.data or run / "data" / "test.jsonl"), tokenizer,
                                          reward_model.config.block_size - config.max_new_tokens)
-    generator = torch.Generator(machine.device).manual_seed(config.seed)
 
     def sample(model: GPT, prompts: list[list[int]], title: str) -> list[list[int]]:
+        # Random numbers of its own for every sample: what one policy answers does not depend on which others are measured.
+        generator = torch.Generator(machine.device).manual_seed(zlib.crc32(f"{config.seed} {title}".encode()))
         with machine.autocast():
             return generate_many(model, prompts, config.max_new_tokens, stop_token=tokenizer.end, generator=generator, title=title)
 
