@@ -28,7 +28,7 @@ from data.batches import RankingBatch, buckets, even, group_size, packed_shape, 
 from lora import add_lora, merge_lora
 from memory import most_tokens, report_memory
 from model import GPT, load_gpt, save_model
-from parallel import gathered, parts, place, summed
+from parallel import parts, place, summed
 from train_rm import better_pairs
 
 
@@ -115,12 +115,14 @@ def reference_logprobs(model: GPT, batches: Iterable[RankingBatch]) -> list[Tens
     return [response_logprobs(model, batch) for batch in batches]
 
 
-def summary(pairs: Tensor) -> dict[str, float]:
+def summary(pairs: list[Tensor]) -> dict[str, float]:
     """What the log shows of (4, P) numbers: how often and by how much the chosen response has the higher reward."""
-    chosen_logprob, rejected_logprob, chosen_reward, rejected_reward = pairs.mean(dim=1).tolist()
-    difference = pairs[2] - pairs[3]
-    return {"accuracy": ((difference > 0).float() + 0.5 * (difference == 0)).mean().item(),       # ties count half
-            "margin": chosen_reward - rejected_reward, "chosen_logprob": chosen_logprob, "rejected_logprob": rejected_logprob,
+    count = max(1, summed(sum(x.shape[1] for x in pairs)))
+    chosen_logprob, rejected_logprob, chosen_reward, rejected_reward = (
+        summed(sum(x[i].sum().item() for x in pairs)) / count for i in range(4))
+    hits = sum((x[2] > x[3]).sum().item() + 0.5 * (x[2] == x[3]).sum().item() for x in pairs)     # ties count half
+    return {"accuracy": summed(hits) / count,
+            "margin": summed(sum((x[2] - x[3]).sum().item() for x in pairs)) / count, "chosen_logprob": chosen_logprob, "rejected_logprob": rejected_logprob,
             "chosen_reward": chosen_reward, "rejected_reward": rejected_reward}
 
 
@@ -130,7 +132,7 @@ def evaluate(model: GPT, batches: list[RankingBatch], references: list[Tensor], 
     losses, pairs = zip(*(ranking_dpo_loss(response_logprobs(model, batch), reference, batch.scores, batch.mask, beta)
                           for batch, reference in zip(batches, references)))
     untied = [batch.untied for batch in batches]
-    return {"loss": sum(loss.item() * n for loss, n in zip(losses, untied)) / sum(untied), **summary(torch.cat(pairs, dim=1))}
+    return {"loss": sum(loss.item() * n for loss, n in zip(losses, untied)) / sum(untied), **summary(list(pairs))}
 
 
 def train(config: Config) -> dict:
@@ -182,11 +184,11 @@ def train(config: Config) -> dict:
             step_loss += loss.item()
             pairs.append(numbers.cpu())
             log.tokens += batch.tokens.numel()
-        step_loss, pairs = summed(step_loss), gathered(pairs)
+        step_loss = summed(step_loss)
         lr = learning_rate(step, len(order), config.lr, config.warmup)
         norm = optimizer_step(machine, config.max_norm, {optimizer: lr}, step_loss, lambda: [
             tokenizer.decode(prompt + sum(responses, [])) for prompt, responses in map(groups.__getitem__, batches[number])])
-        numbers = {"loss": step_loss, **summary(torch.cat(pairs, dim=1)), "lr": lr, "grad_norm": norm}
+        numbers = {"loss": step_loss, **summary(pairs), "lr": lr, "grad_norm": norm}
         if config.eval_every and (step + 1) % config.eval_every == 0:
             with machine.autocast():
                 held_out = evaluate(policy, val_batches, val_references, config.beta)

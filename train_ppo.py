@@ -343,7 +343,7 @@ def update(machine: Machine, policy: GPT, value_model: RewardModel, batch: Rollo
         clipped = masked_mean(((ratio - 1).abs() > config.cliprange).float(), mask)
         shown.append(torch.stack([weight * loss_policy.detach(), weight * loss_value.detach(), weight * clipped,
                                   (ratio - 1).abs().max()]))
-    numbers = torch.stack(shown)                                                            # (parts, 4)
+    numbers = torch.stack(shown).double()                                                   # (parts, 4)
     return dict(zip(("policy_loss", "value_loss", "clip_fraction"), numbers.sum(0))) | {"ratio_error": numbers[:, 3].max()}
 
 
@@ -441,7 +441,7 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                     optimizer: learning_rate(count, updates, peak, config.warmup) for optimizer, peak in optimizers.items()},
                     summed((shown["policy_loss"] + shown["value_loss"]).item()), lambda: list(map(tokenizer.decode, batch.tokens.tolist())))
                 learned.append(shown)
-        numbers |= {name: summed(torch.stack([row[name].detach() for row in learned]).mean()).item() for name in learned[0]}
+        numbers |= {name: summed(sum(row[name].item() for row in learned)) / len(learned) for name in learned[0]}
         numbers.pop("ratio_error")
         if config.target_kl > 0:
             memory["beta"] = adapted_beta(beta, numbers["kl"], config.target_kl, config.batch_size, config.horizon)
