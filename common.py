@@ -219,7 +219,7 @@ def adamw(model: torch.nn.Module, lr: float, betas=(0.9, 0.95), weight_decay=0.1
 def optimizer_step(machine: Machine, max_norm: float, rates: dict[torch.optim.Optimizer, float], objective: float = 0.0,
                    texts: Callable[[], list[str]] = list) -> float:
     """For each optimizer: sum its gradient over processes, clip it to `max_norm`, step at its learning rate, clear. Returns the
-    last norm before clipping. Where a gradient is zero nothing moves, by momentum or decay either: the batch had no target.
+    first one's norm before clipping. Where a gradient is zero nothing moves, by momentum or decay either: the batch had no target.
 
     An objective or gradient that is not finite raises InputError before anything has moved; `texts()`, what was in the batch, is
     written beside the log. In fp16 gradients may overflow: then the step is left out, and the scale halved.
@@ -246,7 +246,7 @@ def optimizer_step(machine: Machine, max_norm: float, rates: dict[torch.optim.Op
             machine.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     machine.scaler.update()
-    return norms[optimizer]
+    return next(iter(norms.values()))
 
 
 # ----------------------------------------------------------------------------- files

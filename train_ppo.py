@@ -244,10 +244,10 @@ def split(lengths: list[int], minibatches: int, micro_batch: int, device) -> lis
     """
     cut = []
     for rows in torch.arange(len(lengths)).tensor_split(minibatches):
-        rows = share(rows.tolist())
-        parts = by_length([lengths[i] for i in rows], micro_batch or len(rows))
-        cut.append([(torch.tensor([rows[i] for i in part], device=device), slice(max(lengths[rows[i]] for i in part)))
-                    for part in parts])
+        rows = share(sorted(rows.tolist(), key=lengths.__getitem__))
+        size = micro_batch or len(rows)
+        cut.append([(torch.tensor(part, device=device), slice(max(lengths[i] for i in part)))
+                    for part in (rows[i:i + size] for i in range(0, len(rows), size))])
     return cut
 
 
@@ -437,12 +437,13 @@ def train(config: Config, reward: Reward | None = None) -> dict:
                         shown["pretraining_loss"] = pretraining_loss(logprobs, mask) * (len(tokens) / config.ptx_windows)
                         machine.backward(config.ptx_coef * shown["pretraining_loss"])
                         log.tokens += tokens.numel()
-                optimizer_step(machine, config.max_norm, {
-                    optimizer: learning_rate(count, updates, peak, config.warmup) for optimizer, peak in optimizers.items()},
+                rates = {optimizer: learning_rate(count, updates, peak, config.warmup) for optimizer, peak in optimizers.items()}
+                norm = optimizer_step(machine, config.max_norm, rates,
                     summed((shown["policy_loss"] + shown["value_loss"]).item()), lambda: list(map(tokenizer.decode, batch.tokens.tolist())))
                 learned.append(shown)
         numbers |= {name: summed(sum(row[name].item() for row in learned)) / len(learned) for name in learned[0]}
         numbers.pop("ratio_error")
+        numbers |= {"lr": next(iter(rates.values())), "grad_norm": norm}
         if config.target_kl > 0:
             memory["beta"] = adapted_beta(beta, numbers["kl"], config.target_kl, config.batch_size, config.horizon)
         if (step + 1) % config.sample_every == 0:
