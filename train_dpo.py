@@ -152,6 +152,9 @@ def train(config: Config) -> dict:
     limit = min(config.max_tokens or policy.config.block_size, policy.config.block_size)
     (rankings, groups), val_split = ranking_splits(config.data, config.val, tokenizer, limit, config.fold)
 
+    order = sorted(range(len(val_split[0])), key=lambda i: group_size(val_split[1][i]))
+    val_split = tuple([split[i] for i in order] for split in val_split)                   # as the reward model's
+
     def batch_of(indices):
         return ranking_batch([rankings[i] for i in indices], [groups[i] for i in indices], tokenizer.pad, machine.device)
 
