@@ -1,14 +1,18 @@
-"""Low-rank adapters (LoRA): learn W + (α/r)·B·A with A (r, in), B (out, r) and W frozen, for large models on small machines.
+"""Low-rank adapters (LoRA): learn W + (α/r)·B·A with A (r, in), B (out, r) and W frozen, for large
+models on small machines.
 
-    add_lora(model, rank)         before the optimizer is made: freezes the model and adapts its blocks' matrices
-    with adapters_off(model):     the model as it was: DPO's and PPO's reference without a second copy
-    merge_lora(model)             before saving: plain weights again (`save_model` merges a copy where this was not done)
+    add_lora(model, rank)         freezes the model and adapts its blocks' matrices; the optimizer
+                                  is made after it
+    with adapters_off(model):     the model as it was: DPO's and PPO's reference without a copy
+    merge_lora(model)             plain weights again (`save_model` merges a copy)
 
-B starts at zero, so at first the adapted model is the model. AdamW then keeps its two moments for A and B alone.
+B starts at zero, so at first the adapted model is the model. AdamW then keeps its two moments for A
+and B alone.
 
-Embeddings and output head stay as they are. A base model whose chat tokens are new learns them badly this way (Tinytown's base:
-after SFT with rank 8 six responses of ten end by themselves, after SFT of all weights all but a few): train its SFT in full, or
-begin with a model that has chat tokens; the later stages can do with adapters.
+Embeddings and output head stay as they are. A base model whose chat tokens are new learns them
+badly this way (Tinytown's base: after SFT with rank 8 six responses of ten end by themselves, after
+SFT of all weights all but a few): train its SFT in full, or begin with a model that has chat
+tokens; the later stages can do with adapters.
 """
 import contextlib
 import copy
@@ -38,11 +42,13 @@ class Adapted(nn.Module):
 
 
 def add_lora(model: GPT, rank: int, alpha: float = 0.0) -> None:
-    """Freeze the model and put an adapter on every matrix of its blocks. alpha 0: 2·rank, the usual choice."""
+    """Freeze the model and put an adapter on every matrix of its blocks. alpha 0: 2·rank."""
     model.requires_grad_(False)
     for block in model.modules():
         if isinstance(block, Block):
-            for parent, name in ((block.attention, "qkv"), (block.attention, "proj"), (block, "up"), (block, "down")):
+            places = ((block.attention, "qkv"), (block.attention, "proj"), (block, "up"),
+                      (block, "down"))
+            for parent, name in places:
                 setattr(parent, name, Adapted(getattr(parent, name), rank, alpha or 2 * rank))
 
 
@@ -61,7 +67,7 @@ def adapters_off(model: nn.Module):
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights and take them away: the same function, without them. Nothing without adapters."""
+    """Add the adapters to the weights and take them away: the same function, without them."""
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, Adapted):

@@ -1,4 +1,5 @@
-"""What is in a data file: its layout, its lengths in tokens, what does not fit or is broken, and three rows as trained on.
+"""What is in a data file: its layout, its lengths in tokens, what does not fit or is broken, and
+three rows as trained on.
 
     python -m data.show FILE                              GPT-2's vocabulary, context 1,024
     python -m data.show FILE --tokenizer tinytown --block_size 96
@@ -9,12 +10,14 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
-from common import InputError, check_range, main
+from common.cli import check_flags, main
+from common.errors import InputError
 from data.batches import response_row
 from data.readers import demonstration, layout, path_and_weight, prompt, ranking, read_rows, renamed
 from data.tokenizer import Tokenizer, get_tokenizer, show
 
-KINDS = {"rankings": ranking, "demonstrations": demonstration, "prompts": prompt}      # the richest reading first
+# The richest reading first.
+KINDS = {"rankings": ranking, "demonstrations": demonstration, "prompts": prompt}
 
 
 @dataclass(slots=True)
@@ -27,7 +30,8 @@ class Config:
 
 
 def kind_of(rows: list[tuple[str, dict]]) -> str:
-    """What the rows can be read as, by the reader that understands most of them; of equals the first in KINDS."""
+    """What the rows can be read as, by the reader that understands most of them; of equals the
+    first in KINDS."""
     def understood(convert):
         count = 0
         for where, row in rows[:200]:
@@ -46,29 +50,37 @@ def kind_of(rows: list[tuple[str, dict]]) -> str:
 def name_of(row: dict) -> str:
     """The layout that a row's keys show, in the words of readers.py."""
     keys = row.keys()
-    named = [("Self-Instruct", {"instances"}), ("this project's rankings", {"responses"}), ("Alpaca pairs", {"instruction", "chosen", "rejected"}),
-             ("prompt, chosen, rejected", {"prompt", "chosen", "rejected"}), ("HH-RLHF or dialogues", {"chosen", "rejected"}),
-             ("Alpaca", {"instruction", "output"}), ("messages", {"messages"}), ("prompt, completion", {"prompt", "completion"}),
+    named = [("Self-Instruct", {"instances"}), ("this project's rankings", {"responses"}),
+             ("Alpaca pairs", {"instruction", "chosen", "rejected"}),
+             ("prompt, chosen, rejected", {"prompt", "chosen", "rejected"}),
+             ("HH-RLHF or dialogues", {"chosen", "rejected"}),
+             ("Alpaca", {"instruction", "output"}), ("messages", {"messages"}),
+             ("prompt, completion", {"prompt", "completion"}),
              ("prompt, response", {"prompt", "response"})]
-    return layout(row) or next((name for name, needed in named if needed <= keys), "keys " + ", ".join(sorted(keys)))
+    return layout(row) or next((name for name, needed in named if needed <= keys),
+                               "keys " + ", ".join(sorted(keys)))
 
 
 def rendered(item, kind: str, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """(ids, response mask) of every row of text that an item gives: one, or one for each response of a ranking."""
+    """(ids, response mask) of every row of text that an item gives: one, or, for a ranking, one for
+    each response."""
     if kind == "prompts":
         ids = tokenizer.render_prompt(item)
         return [(ids, [False] * len(ids))]
     if kind == "demonstrations":
         return [tokenizer.render(item)]
     start = tokenizer.render_prompt(item.messages)
-    return [response_row(start, [*tokenizer.encode(text), tokenizer.end]) for text in item.responses]
+    return [response_row(start, [*tokenizer.encode(text), tokenizer.end])
+            for text in item.responses]
 
 
 def distribution(name: str, lengths: list[int]) -> str:
     """One line of the table: mean, standard deviation, quartiles, largest."""
-    quartiles = statistics.quantiles(lengths, n=4, method="inclusive") if len(lengths) > 1 else [lengths[0]] * 3
+    quartiles = (statistics.quantiles(lengths, n=4, method="inclusive") if len(lengths) > 1
+                 else [lengths[0]] * 3)
     figures = [statistics.fmean(lengths), statistics.pstdev(lengths), *quartiles, max(lengths)]
-    return f"{name:10}" + "".join(f"{figure:10.1f}" if i < 2 else f"{figure:10.0f}" for i, figure in enumerate(figures))
+    return f"{name:10}" + "".join(f"{figure:10.1f}" if i < 2 else f"{figure:10.0f}"
+                                  for i, figure in enumerate(figures))
 
 
 def describe_file(path: str, tokenizer: Tokenizer, config: Config) -> None:
@@ -88,11 +100,13 @@ def describe_file(path: str, tokenizer: Tokenizer, config: Config) -> None:
         else:
             items.append(item)
     layouts = Counter(name_of(row) for _, row in rows)
-    print(f"{path}: {len(rows):,} rows, read as {kind} ({', '.join(f'{name}: {n:,}' for name, n in layouts.most_common(3))})")
+    print(f"{path}: {len(rows):,} rows, read as {kind} "
+          f"({', '.join(f'{name}: {n:,}' for name, n in layouts.most_common(3))})")
     if kind == "rankings" and items:
         sizes = Counter(len(item.scores) for item in items)
         tied = sum(len(set(item.scores)) < len(item.scores) for item in items)
-        print(f"  K: {', '.join(f'{k} ({n:,})' for k, n in sorted(sizes.items())[:8])}; {tied:,} with ties")
+        print(f"  K: {', '.join(f'{k} ({n:,})' for k, n in sorted(sizes.items())[:8])}; "
+              f"{tied:,} with ties")
     if broken:
         print(f"  {len(broken):,} broken, the first:\n    " + "\n    ".join(broken[:3]))
     if unusable:
@@ -101,8 +115,10 @@ def describe_file(path: str, tokenizer: Tokenizer, config: Config) -> None:
         return
     texts = [text for item in items for text in rendered(item, kind, tokenizer)]
     over = sum(len(ids) > config.block_size for ids, _ in texts)
-    print(f"  tokens ({tokenizer.name}) {'mean':>6}{'std':>10}{'25 %':>10}{'50 %':>10}{'75 %':>10}{'max':>10}")
-    print("  " + distribution("prompt", [mask.index(True) if any(mask) else len(mask) for _, mask in texts]))
+    print(f"  tokens ({tokenizer.name}) {'mean':>6}{'std':>10}"
+          f"{'25 %':>10}{'50 %':>10}{'75 %':>10}{'max':>10}")
+    print("  " + distribution("prompt", [mask.index(True) if any(mask) else len(mask)
+                                         for _, mask in texts]))
     if kind != "prompts":
         print("  " + distribution("response", [sum(mask) for _, mask in texts]))
         print("  " + distribution("whole", [len(mask) for mask, _ in texts]))
@@ -113,18 +129,16 @@ def describe_file(path: str, tokenizer: Tokenizer, config: Config) -> None:
             show(tokenizer, ids, mask, sys.stdout)
 
 
-def train(config: Config) -> dict:
-    """Describe every file (named as in the other scripts; nothing is trained)."""
-    check_range(config, block_size=(1, 10**7), examples=(0, 10**4))
-    if not config.data:
-        raise InputError("--data: name one or more files")
+def describe(config: Config) -> None:
+    """Describe every file."""
+    check_flags(config, dict(block_size=(1, 10**7), examples=(0, 10**4)),
+                dict(data="name one or more files"))
     tokenizer = get_tokenizer(config.tokenizer)
     for path, _ in map(path_and_weight, config.data):
         describe_file(str(path), tokenizer, config)
-    return {}
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):       # python -m data.show FILE …
         sys.argv.insert(1, "--data")
-    main(train, Config)
+    main(describe, Config)

@@ -1,4 +1,7 @@
-"""Shared fixtures. One thread: the models here are so small that threads would only wait for each other."""
+"""Shared fixtures.
+
+Torch has one thread: the models here are so small that threads would only wait for each other.
+"""
 import json
 import os
 from pathlib import Path
@@ -8,12 +11,16 @@ import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")        # read when Triton, and so kernels.py, is imported first
+    # Read when Triton, and so kernels.py, is imported first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The shared data folder beside the project, with real data sets; tests that need it skip where it is absent."""
+    """The shared data folder beside the project, with real data sets.
+
+    Tests that need it skip where it is absent.
+    """
     folder = Path(__file__).parent.parent.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the shared data folder (../shared/data) is not here")
@@ -26,7 +33,8 @@ def town(tmp_path_factory) -> Path:
     import train_base
     import train_rm
     import train_sft
-    from data import rank, tinytown
+    from data.tinytown import rank
+    from data.tinytown import town as tinytown
     run = tmp_path_factory.mktemp("town")
     (run / "data").mkdir()
     draw = tinytown.random.Random(0)
@@ -34,16 +42,22 @@ def town(tmp_path_factory) -> Path:
     (run / "data/base.txt").write_text("\n<|endoftext|>\n".join(texts))
     (run / "data/base_val.txt").write_text("\n<|endoftext|>\n".join(texts[:40]))
     rows = {"sft": tinytown.demonstrations("sft", 150, 0), "rank": tinytown.prompts("rank", 20, 0),
-            "rl": tinytown.prompts("rl", 30, 0), "test": tinytown.prompts("test", 16, 0, unique=True)}
+            "rl": tinytown.prompts("rl", 30, 0),
+            "test": tinytown.prompts("test", 16, 0, unique=True)}
     for name, part in rows.items():
         (run / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    train_base.train(train_base.Config(data=(str(run / "data/base.txt"),), val=str(run / "data/base_val.txt"), out=str(run / "base"),
-                                       tokenizer="tinytown", block_size=96, window=48, n_layer=2, n_head=2, n_embd=32, lr=5e-3,
-                                       steps=40, batch_size=8, warmup=5))
-    train_sft.train(train_sft.Config(data=(str(run / "data/sft.jsonl"),), init=str(run / "base"), out=str(run / "sft"), epochs=6,
-                                     lr=5e-3, ptx_data=(str(run / "data/base.txt"),), ptx_windows=2))
-    rank.train(rank.Config(data=(str(run / "data/rank.jsonl"),), init=str(run / "sft"), out=str(run / "rank"), clean=True,
-                           max_new_tokens=16))
-    train_rm.train(train_rm.Config(data=(str(run / "rank/rankings.jsonl"),), clean=str(run / "rank/clean.jsonl"),
-                                   demonstrations=str(run / "data/sft.jsonl"), init=str(run / "sft"), out=str(run / "rm"), batch_size=4))
+    train_base.train(train_base.Config(
+        data=(str(run / "data/base.txt"),), val=str(run / "data/base_val.txt"),
+        out=str(run / "base"), tokenizer="tinytown", block_size=96, window=48, n_layer=2, n_head=2,
+        n_embd=32, lr=5e-3, steps=40, batch_size=8, warmup=5))
+    train_sft.train(train_sft.Config(
+        data=(str(run / "data/sft.jsonl"),), init=str(run / "base"), out=str(run / "sft"),
+        epochs=6, lr=5e-3, ptx_data=(str(run / "data/base.txt"),), ptx_windows=2))
+    rank.collect(rank.Config(
+        data=(str(run / "data/rank.jsonl"),), init=str(run / "sft"), out=str(run / "rank"),
+        clean=True, max_new_tokens=16))
+    train_rm.train(train_rm.Config(
+        data=(str(run / "rank/rankings.jsonl"),), clean=str(run / "rank/clean.jsonl"),
+        demonstrations=str(run / "data/sft.jsonl"), init=str(run / "sft"), out=str(run / "rm"),
+        batch_size=4))
     return run

@@ -16,32 +16,40 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import common
 import train_base
 import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from checkpoint import Stopped, load_checkpoint
-from common import InputError
+from common import checkpoint, cli, files, optimizer, resume
+from common import log as books
+from common import run as door
+from common.checkpoint import load_checkpoint
+from common.errors import InputError, Stopped
+from data import batches
+from data.batches import Row
 from model import GPT, GPTConfig
 
 SCRIPTS = {"base": train_base, "sft": train_sft, "rm": train_rm, "ppo": train_ppo, "dpo": train_dpo}
 
 
 def config_of(stage: str, town: Path, out: Path, **changes):
-    """A run of eight steps or so with everything in it that has a state: dropout, text, accumulation, adaptive β."""
+    """A run of eight steps or so with everything in it that has a state: dropout, text,
+    accumulation, adaptive β."""
     text, rankings = (str(town / "data/base.txt"),), (str(town / "rank/rankings.jsonl"),)
     fields = {
-        "base": dict(data=text, init=str(town / "base"), steps=8, batch_size=4, micro_batch=3, dropout=0.2, eval_every=3, window=32),
-        "sft": dict(data=(str(town / "data/sft.jsonl"),), init=str(town / "sft"), ptx_data=text, ptx_windows=2, ptx_window=32, epochs=2,
-                    dropout=0.2),
+        "base": dict(data=text, init=str(town / "base"), steps=8, batch_size=4, micro_batch=3,
+                     dropout=0.2, eval_every=3, window=32),
+        "sft": dict(data=(str(town / "data/sft.jsonl"),), init=str(town / "sft"), ptx_data=text,
+                    ptx_windows=2, ptx_window=32, epochs=2, dropout=0.2),
         "rm": dict(data=rankings, init=str(town / "sft"), epochs=2, batch_size=4),
-        "ppo": dict(data=(str(town / "data/rl.jsonl"),), init=str(town / "sft"), reward=str(town / "rm"), ptx_data=text, ptx_windows=2,
-                    ptx_window=32, steps=6, batch_size=6, max_new_tokens=10, target_kl=0.5, horizon=50, sample_every=2, lr=1e-3),
+        "ppo": dict(data=(str(town / "data/rl.jsonl"),), init=str(town / "sft"),
+                    reward=str(town / "rm"), ptx_data=text, ptx_windows=2, ptx_window=32, steps=6,
+                    batch_size=6, max_new_tokens=10, target_kl=0.5, horizon=50, sample_every=2,
+                    lr=1e-3),
         "dpo": dict(data=rankings, init=str(town / "sft"), epochs=2, batch_size=4)}[stage]
-    return SCRIPTS[stage].Config(**fields | dict(out=str(out), device="cpu", dtype="float32") | changes)
+    return SCRIPTS[stage].Config(
+        **fields | dict(out=str(out), device="cpu", dtype="float32") | changes)
 
 
 def run(stage: str, *args, **changes) -> dict:
@@ -50,28 +58,31 @@ def run(stage: str, *args, **changes) -> dict:
 
 def stop_at(monkeypatch, *steps: int) -> None:
     """Send SIGTERM while these steps (from 1) are logged."""
-    write = common.Log.write
+    write = books.Log.step
 
     def write_and_stop(self, step, *args, **numbers):
         write(self, step, *args, **numbers)
         if step in steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(common.Log, "write", write_and_stop)
+    monkeypatch.setattr(books.Log, "step", write_and_stop)
 
 
 def outcome(out: Path) -> tuple[dict, list[dict], dict]:
     """(weights, logged rows, final numbers) without what a clock wrote."""
     state = torch.load(out / "model.pt", weights_only=True)
-    rows = [json.loads(line) for path in sorted(out.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for path in sorted(out.glob("*.jsonl"))
+            for line in path.read_text().splitlines()]
     final = json.loads((out / "final.json").read_text())
     timed = ("seconds", "tokens_per_second", "memory_gib")
-    return state, [{k: v for k, v in row.items() if k not in timed} for row in rows], {k: v for k, v in final.items() if k not in timed}
+    return (state, [{k: v for k, v in row.items() if k not in timed} for row in rows],
+            {k: v for k, v in final.items() if k not in timed})
 
 
 def kept(out: Path) -> list[str]:
     """The steps of the states in a run's folder; there is nothing else but the lock."""
-    return sorted(path.name.split("_")[1] for path in (out / "resume").iterdir() if path.name != "lock")
+    return sorted(path.name.split("_")[1] for path in (out / "resume").iterdir()
+                  if path.name != "lock")
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -80,11 +91,15 @@ def assert_same(one: Path, other: Path) -> None:
     assert rows_a == rows_b and final_a == final_b
 
 
-@pytest.mark.parametrize("stage, changes", [*((stage, {}) for stage in SCRIPTS), ("sft", dict(dtype="float16")), ("ppo", dict(lora_rank=2)),
-                                            ("dpo", dict(lora_rank=2))])
+@pytest.mark.parametrize("stage, changes", [
+    *((stage, {}) for stage in SCRIPTS), ("sft", dict(dtype="float16")),
+    ("ppo", dict(lora_rank=2)), ("dpo", dict(lora_rank=2))])
 def test_a_stopped_run_goes_on_bit_for_bit(stage, changes, town, tmp_path, monkeypatch):
-    """Stopped twice by a signal, resumed twice: weights, logs and final numbers of the run that was left alone."""
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 22))   # fp16: to be lowered
+    """A run stopped twice by a signal and resumed twice has the weights, logs and final numbers of
+    the run that was left alone."""
+    # The large scale is for fp16, which has to lower it.
+    monkeypatch.setattr(torch.amp, "GradScaler",
+                        functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 22))
     run(stage, town, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         stop_at(patch, 2, 5)
@@ -96,19 +111,19 @@ def test_a_stopped_run_goes_on_bit_for_bit(stage, changes, town, tmp_path, monke
     start = load_checkpoint(town / ("base" if stage == "base" else "sft"), "language model")[0]
     moved = outcome(tmp_path / "whole")[0]
     name = "gpt.blocks.0.up.weight" if stage == "rm" else "blocks.0.up.weight"
-    assert not torch.equal(moved[name], start["blocks.0.up.weight"])             # there was something to lose
+    assert not torch.equal(moved[name], start["blocks.0.up.weight"])  # there was something to lose
 
 
 def child(stage: str, town: Path, out: Path, training) -> None:
     """A run in a process of its own, which says when training begins."""
     torch.set_num_threads(1)
-    begin = common.Log.__init__
+    begin = books.Log.__init__
 
     def ready(self, *args):
         begin(self, *args)
         training.set()
 
-    common.Log.__init__ = ready
+    books.Log.__init__ = ready
     run(stage, town, out, save_every=1, resume=bool(list(out.glob("resume/step_*.pt"))))
 
 
@@ -116,8 +131,10 @@ def child(stage: str, town: Path, out: Path, training) -> None:
 def processes():
     """Processes that fork from one in which torch has been imported, and has not computed yet."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])            # the optimizer's import, a second and a half
-    with pytest.MonkeyPatch.context() as patch:              # else the forkserver does not find this module, and forks without it
+    # The optimizer imports torch._dynamo, which takes a second and a half.
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
+    # Without this path the forkserver does not find this module, and forks without it.
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.forkserver.ensure_running()
     return context
@@ -125,9 +142,11 @@ def processes():
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_run_killed_at_random_goes_on_bit_for_bit(stage, town, tmp_path, processes):
-    """kill −9 at random moments after the start of training, then again from what is there, until KILLS are done.
+    """kill −9 at random moments after the start of training, then again from what is there.
 
-    KILLS=20 pytest tests/test_checkpoint.py -k killed      more of them than the three of every run of the tests
+    That is repeated until KILLS are done. Every run of the tests does three; for more of them:
+
+        KILLS=20 pytest tests/test_checkpoint.py -k killed
     """
     start = time.time()
     run(stage, town, tmp_path / "whole", save_every=1)
@@ -179,7 +198,8 @@ def test_two_runs_in_one_folder_are_refused(resume, town, tmp_path, monkeypatch)
     else:
         (tmp_path / "a/resume").mkdir(parents=True)
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a/resume/lock")], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "a/resume/lock")],
+                          stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout.readline() == b"held\n"
             with pytest.raises(InputError, match="another run is writing to it"):
@@ -187,7 +207,7 @@ def test_two_runs_in_one_folder_are_refused(resume, town, tmp_path, monkeypatch)
         finally:
             other.kill()
     assert all(path.read_bytes() == content for path, content in before.items())
-    run("base", town, tmp_path / "a", resume=resume)          # a process that was killed holds nothing
+    run("base", town, tmp_path / "a", resume=resume)    # a process that was killed holds nothing
 
 
 def test_the_last_two_checkpoints_are_kept(town, tmp_path):
@@ -195,12 +215,14 @@ def test_the_last_two_checkpoints_are_kept(town, tmp_path):
     assert kept(tmp_path) == ["000000006", "000000008"]
     with pytest.raises(InputError, match="this run is finished; leave --resume out to begin anew"):
         run("base", town, tmp_path, save_every=3, resume=True)
-    run("base", town, tmp_path, save_every=2, steps=4)           # a finished run is no obstacle, and leaves nothing
+    # A finished run is no obstacle, and leaves nothing.
+    run("base", town, tmp_path, save_every=2, steps=4)
     assert kept(tmp_path) == ["000000002", "000000004"]
 
 
 @pytest.mark.parametrize("fault", ["flipped", "cut", "empty"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(fault, town, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(fault, town, tmp_path,
+                                                                       monkeypatch):
     run("base", town, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
@@ -210,7 +232,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(fault, to
     content = bytearray(last.read_bytes())
     content[random.Random(0).randrange(len(content))] ^= 1
     last.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-100]), "empty": b""}[fault])
-    with pytest.raises(InputError, match=f"{last.name}: damaged.*delete it to go on from {before.name}"):
+    with pytest.raises(InputError,
+                       match=f"{last.name}: damaged.*delete it to go on from {before.name}"):
         run("base", town, tmp_path / "cut", save_every=2, resume=True)
     last.unlink()
     run("base", town, tmp_path / "cut", save_every=2, resume=True)
@@ -227,14 +250,15 @@ def test_no_code_in_a_checkpoint_is_run(town, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = tmp_path / "resume/state.pt"
     state.parent.mkdir()
-    torch.save({"step": 1, "parts": Evil()}, state)
-    state.rename(state.with_name(f"step_000000001_of_8_{checkpoint.checksum(state)}.pt"))
+    torch.save({"step": 1, "state": Evil()}, state)
+    state.rename(state.with_name(f"step_000000001_of_8_{files.checksum(state)}.pt"))
     with pytest.raises(InputError, match="holds something else than a run's state"):
         run("base", town, tmp_path, resume=True)
     save(tmp_path / "model", 1.0)
     torch.save(Evil(), tmp_path / "model/model.pt")
     description = json.loads((tmp_path / "model/config.json").read_text())
-    (tmp_path / "model/config.json").write_text(json.dumps(description | {"sha256": checkpoint.checksum(tmp_path / "model/model.pt")}))
+    (tmp_path / "model/config.json").write_text(
+        json.dumps(description | {"sha256": files.checksum(tmp_path / "model/model.pt")}))
     with pytest.raises(InputError, match="model.pt: cannot be read .UnpicklingError"):
         load_checkpoint(tmp_path / "model", "language model")
     assert not (tmp_path / "evil").exists()
@@ -255,7 +279,8 @@ def test_a_row_that_was_cut_off_is_written_again(town, tmp_path, monkeypatch):
                 log.unlink()
         run("ppo", town, tmp_path / name, resume=True)
     assert_same(tmp_path / "whole", tmp_path / "cut")
-    assert all(torch.equal(a, b) for a, b in zip(outcome(tmp_path / "whole")[0].values(), outcome(tmp_path / "lost")[0].values()))
+    assert all(torch.equal(a, b) for a, b in zip(outcome(tmp_path / "whole")[0].values(),
+                                                 outcome(tmp_path / "lost")[0].values()))
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoint_before(town, tmp_path, monkeypatch):
@@ -270,7 +295,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(town, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.torch, "save", full)
-        with pytest.raises(InputError, match=r"it needs \d+\.\d MiB and [\d,.]+ are free; the one before it is whole"):
+        with pytest.raises(InputError, match=r"it needs \d+\.\d MiB and [\d,.]+ are free; "
+                                             "the one before it is whole"):
             run("base", town, tmp_path / "cut", save_every=2)
     assert kept(tmp_path / "cut") == ["000000002", "000000004"]
     run("base", town, tmp_path / "whole")
@@ -286,15 +312,19 @@ def small_disk(tmp_path, town):
     size = int(2.5 * checkpoint_.stat().st_size) + (tmp_path / "measure/model.pt").stat().st_size
     disk = tmp_path / "disk"
     disk.mkdir()
-    if sys.platform != "linux" or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True).returncode:
+    if sys.platform != "linux" or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)],
+            capture_output=True).returncode:
         pytest.skip("a small disk can be mounted by root on Linux only")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_small_disk_runs_full_and_nothing_is_lost(town, tmp_path, small_disk):
-    """A real one: the third checkpoint does not fit beside two. What is there goes on elsewhere, to the end of a whole run."""
-    with pytest.raises(InputError, match=r"could not be written .*it needs \d+\.\d MiB and \d+\.\d are free; the one before it is whole"):
+    """On a real disk the third checkpoint does not fit beside two. What is there goes on elsewhere,
+    to the end of a whole run."""
+    with pytest.raises(InputError, match=r"could not be written .*it needs \d+\.\d MiB and "
+                                         r"\d+\.\d are free; the one before it is whole"):
         run("base", town, small_disk / "run", save_every=2, eval_every=100)
     assert kept(small_disk / "run") == ["000000002", "000000004"]
     shutil.copytree(small_disk / "run", tmp_path / "run")
@@ -306,10 +336,11 @@ def test_a_small_disk_runs_full_and_nothing_is_lost(town, tmp_path, small_disk):
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_folder_that_cannot_be_written_is_one_line(script, town, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("not a folder")
-    config = config_of(next(name for name in SCRIPTS if SCRIPTS[name] is script), town, tmp_path / "file/out")
+    config = config_of(next(name for name in SCRIPTS if SCRIPTS[name] is script), town,
+                       tmp_path / "file/out")
     with pytest.raises(SystemExit) as caught:
-        monkeypatch.setattr(common, "parse_args", lambda *_, **__: config)
-        common.main(script.train, script.Config)
+        monkeypatch.setattr(cli, "parse_args", lambda *_, **__: config)
+        cli.main(script.train, script.Config)
     assert "\n" not in caught.value.code and "choose another --out" in caught.value.code
 
 
@@ -318,7 +349,8 @@ def test_a_checkpoint_of_another_stage_is_refused(town, tmp_path, monkeypatch):
         stop_at(patch, 2)
         with pytest.raises(Stopped):
             run("dpo", town, tmp_path)
-    with pytest.raises(InputError, match=r"step_0.*pt: is of train_dpo.py; name the folder that train_rm.py had as --out"):
+    with pytest.raises(InputError, match=r"step_0.*pt: is of train_dpo.py; "
+                                         "name the folder that train_rm.py had as --out"):
         run("rm", town, tmp_path, resume=True)
 
 
@@ -349,22 +381,24 @@ def test_a_run_whose_start_has_changed_is_refused(town, tmp_path, monkeypatch):
 
 def test_a_run_saves_every_ten_minutes(town, tmp_path, monkeypatch):
     """By the clock, here one that runs four minutes a step; and once more at the end."""
-    clock, write = [0.0], common.Log.write
+    clock, write = [0.0], books.Log.step
 
     def slow(*args, **numbers):
         write(*args, **numbers)
         clock[0] += 240
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(common.Log, "write", slow)
-    saved, save = [], checkpoint.Run.save
-    monkeypatch.setattr(checkpoint.Run, "save", lambda self, done: saved.append(done) or save(self, done))
+    monkeypatch.setattr(resume.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(books.Log, "step", slow)
+    saved, save = [], resume.Resume.save
+    monkeypatch.setattr(resume.Resume, "save",
+                        lambda self, done: saved.append(done) or save(self, done))
     run("base", town, tmp_path)
     assert saved == [3, 6, 8]
 
 
 @pytest.mark.parametrize("stage", ["base", "rm"])
 def test_a_run_that_is_cut_in_its_last_evaluation_loses_nothing(stage, town, tmp_path, monkeypatch):
-    """All steps are done, nothing is saved by flag, and the model is not written: still it goes on, and is not mistaken for finished."""
+    """All steps are done, no flag has asked for a save, and the model is not written: the run still
+    goes on, and is not mistaken for finished."""
     def interrupted(*_, **__):
         raise KeyboardInterrupt
     changes = dict(eval_every=0)
@@ -380,7 +414,8 @@ def test_a_run_that_is_cut_in_its_last_evaluation_loses_nothing(stage, town, tmp
 
 
 def test_a_retrained_stage_is_the_same_start(town, tmp_path, monkeypatch):
-    """`make run` trains finished stages again: a model with the same bits is the same model, however it was reached."""
+    """`make run` trains finished stages again. A model with the same bits is the same model, in
+    whatever way it was reached."""
     start = dict(steps=4, eval_every=0)
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
@@ -395,10 +430,12 @@ def test_a_retrained_stage_is_the_same_start(town, tmp_path, monkeypatch):
 
 def test_no_memory_is_not_taken_for_damage(town, tmp_path, monkeypatch):
     def full(*_, **__):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: "
+                           "you tried to allocate 99 bytes")
     run("base", town, tmp_path)
     monkeypatch.setattr(torch, "load", full)
-    for read in (lambda: load_checkpoint(tmp_path, "language model"), lambda: checkpoint.read(next(tmp_path.glob("resume/*.pt")), None)):
+    for read in (lambda: load_checkpoint(tmp_path, "language model"),
+                 lambda: resume.read(next(tmp_path.glob("resume/*.pt")), None)):
         with pytest.raises(RuntimeError, match="can't allocate memory"):
             read()
 
@@ -409,7 +446,7 @@ def test_a_run_that_was_resumed_does_not_look_unfinished(town, tmp_path, monkeyp
         with pytest.raises(Stopped):
             run("base", town, tmp_path)
     run("base", town, tmp_path, resume=True)
-    seconds = [row["seconds"] for row in common.read_log(tmp_path / "metrics.jsonl")]
+    seconds = [row["seconds"] for row in files.read_log(tmp_path / "metrics.jsonl")]
     assert seconds == sorted(seconds) and len(seconds) == 8
     run("base", town, tmp_path)                              # anew: no --resume needed
 
@@ -418,7 +455,7 @@ def test_a_run_that_was_resumed_does_not_look_unfinished(town, tmp_path, monkeyp
 def test_the_best_model_is_kept(stage, town, tmp_path, monkeypatch):
     """The one of the lowest held-out loss, which is not the last; through an interruption too."""
     changes = dict(eval_every=2) | ({"lora_rank": 2} if stage == "dpo" else {})
-    if stage in ("base", "sft"):                             # uphill, so that the first look is the best
+    if stage in ("base", "sft"):                        # uphill, so that the first look is the best
         monkeypatch.setattr(SCRIPTS[stage], "learning_rate", lambda *_, **__: -1e-3)
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
@@ -427,19 +464,22 @@ def test_the_best_model_is_kept(stage, town, tmp_path, monkeypatch):
     run(stage, town, tmp_path / "cut", resume=True, **changes)
     run(stage, town, tmp_path / "whole", **changes)
     assert_same(tmp_path / "whole", tmp_path / "cut")
-    rows = common.read_log(tmp_path / "whole/metrics.jsonl")
+    rows = files.read_log(tmp_path / "whole/metrics.jsonl")
     losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     assert len(losses) >= 4 and all(step % 2 == 0 for step in losses)
     kind = "reward model" if stage == "rm" else "language model"
-    best, twin, last = (load_checkpoint(tmp_path / name, kind)[0] for name in ("whole/best", "cut/best", "whole"))
+    best, twin, last = (load_checkpoint(tmp_path / name, kind)[0]
+                        for name in ("whole/best", "cut/best", "whole"))
     assert all(torch.equal(best[name], twin[name]) for name in best) and best.keys() == last.keys()
     step = min(losses, key=losses.get)
     assert step < rows[-1]["step"] and any(not torch.equal(best[name], last[name]) for name in best)
-    with monkeypatch.context() as patch:                     # stopped at that step, the state holds the same weights
+    # The state of a run that is stopped at that step holds the same weights.
+    with monkeypatch.context() as patch:
         stop_at(patch, step)
         with pytest.raises(Stopped):
             run(stage, town, tmp_path / "again", **changes)
-    state = torch.load(next((tmp_path / "again/resume").glob("step_*.pt")), weights_only=True)["parts"]["model"]
+    state = torch.load(next((tmp_path / "again/resume").glob("step_*.pt")),
+                       weights_only=True)["state"]["model"]
     same = [name for name in best if name in state and "bias" not in name]
     assert same and all(torch.equal(best[name], state[name]) for name in same)
 
@@ -456,11 +496,13 @@ def save(folder: Path, value: float) -> None:
     gpt = GPT(GPTConfig(8, 16, 1, 1, 4))
     for parameter in gpt.parameters():
         parameter.data.fill_(value)
-    checkpoint.save_checkpoint(folder, gpt, "language model", gpt.config, tokenizer="tinytown", value=value)
+    checkpoint.save_checkpoint(folder, gpt, "language model", gpt.config, tokenizer="tinytown",
+                               value=value)
 
 
 def test_a_model_saved_over_another_is_whole_at_every_moment(tmp_path, monkeypatch):
-    """Killed before each call that touches the disk: what loads is the old model or the new one, with its own description."""
+    """Saving is killed before each call that touches the disk. What loads then is the old model or
+    the new one, with its own description."""
     seen = set()
     for moment in range(20):
         folder = tmp_path / str(moment)
@@ -481,7 +523,8 @@ def test_a_model_saved_over_another_is_whole_at_every_moment(tmp_path, monkeypat
             except SystemExit:
                 pass
         state, description = load_checkpoint(folder, "language model")
-        assert {x.item() for tensor in state.values() for x in tensor.unique()} == {description["value"]}
+        assert {x.item() for tensor in state.values()
+                for x in tensor.unique()} == {description["value"]}
         seen.add((moment < len(calls), description["value"]))
     assert {(True, 1.0), (True, 2.0), (False, 2.0)} == seen | {(True, 2.0)}
 
@@ -495,31 +538,37 @@ def test_a_damaged_model_is_refused_in_one_line(fault, tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-9]), "empty": b"",
                       "of another folder": (tmp_path / "b/model.pt").read_bytes()}[fault])
-    with pytest.raises(InputError, match="model.pt: cannot be read .*train that stage again") as caught:
+    with pytest.raises(InputError,
+                       match="model.pt: cannot be read .*train that stage again") as caught:
         load_checkpoint(tmp_path / "a", "language model")
     assert "\n" not in str(caught.value)
 
 
-# ----------------------------------------------------------------------------- numbers that go wrong
+# ---------------------------------------------------------------------------- numbers that go wrong
 
 @pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(stage, town, tmp_path, monkeypatch):
-    """Broken on the fourth step; the checkpoint of the third goes on to the end of an unbroken run."""
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(stage, town, tmp_path,
+                                                                         monkeypatch):
+    """The fourth step breaks; the checkpoint of the third goes on to the end of an unbroken run."""
     run(stage, town, tmp_path / "whole")
     clip, calls = torch.nn.utils.clip_grad_norm_, []
-    each = 4 if stage == "ppo" else 1                            # norms a step: two minibatches, two optimizers
+    each = 4 if stage == "ppo" else 1               # norms a step: two minibatches, two optimizers
 
     def broken(parameters, max_norm):
         calls.append(1)
-        return torch.tensor(float("nan")) if len(calls) == 3 * each + 1 else clip(parameters, max_norm)
+        return (torch.tensor(float("nan")) if len(calls) == 3 * each + 1
+                else clip(parameters, max_norm))
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
-        with pytest.raises(InputError, match="norm of the gradient .*nan.*: not finite, so this step was not taken.*lower --lr") as caught:
+        with pytest.raises(InputError, match="norm of the gradient .*nan.*: not finite, so this "
+                                             "step was not taken.*lower --lr") as caught:
             run(stage, town, tmp_path / "cut", save_every=1)
-    assert "\n" not in str(caught.value) and str(tmp_path / "cut/bad_batch.json") in str(caught.value)
+    assert ("\n" not in str(caught.value)
+            and str(tmp_path / "cut/bad_batch.json") in str(caught.value))
     texts = json.loads((tmp_path / "cut/bad_batch.json").read_text())
-    assert len(texts) == {"sft": 32, "ppo": 6}.get(stage, 4) and all(len(text.split()) > 3 for text in texts)
+    assert (len(texts) == {"sft": 32, "ppo": 3}.get(stage, 4)
+            and all(len(text.split()) > 3 for text in texts))
     run(stage, town, tmp_path / "cut", save_every=1, resume=True)
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
@@ -527,34 +576,39 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_does_harm(stage, 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_loss_that_is_not_finite_stops_the_run_too(stage, town, tmp_path, monkeypatch):
     """Even where its gradient is."""
-    step = common.optimizer_step
-    monkeypatch.setattr(SCRIPTS[stage], "optimizer_step", lambda machine, norm, rates, objective, texts: step(machine, norm, rates, float("inf"), texts))
+    step = optimizer.take_step
+    monkeypatch.setattr(door, "take_step", lambda rates, scaler, max_norm, objective: step(
+        rates, scaler, max_norm, float("inf")))
     with pytest.raises(InputError, match="objective inf, .*not finite, so this step was not taken"):
         run(stage, town, tmp_path)
 
 
 def test_a_batch_without_targets_moves_nothing_and_is_counted(town, tmp_path, monkeypatch):
-    rows = train_sft.demonstration_rows
-    monkeypatch.setattr(train_sft, "demonstration_rows", lambda *args: [
-        (ids, [False] * len(ids)) if i in (3, 7) else (ids, mask) for i, (ids, mask) in enumerate(rows(*args)[:20])])
+    rows = batches.demonstration_rows
+    monkeypatch.setattr(batches, "demonstration_rows", lambda *args: [
+        Row(ids, [False] * len(ids)) if i in (3, 7) else Row(ids, mask)
+        for i, (ids, mask) in enumerate(rows(*args)[:20])])
     before = []
-    step = train_sft.optimizer_step
+    step = optimizer.take_step
 
-    def watched(machine, max_norm, rates, *rest):
-        parameters = [p for optimizer in rates for group in optimizer.param_groups for p in group["params"]]
+    def watched(rates, *rest):
+        parameters = [p for optimizer in rates for group in optimizer.param_groups
+                      for p in group["params"]]
         old = [p.detach().clone() for p in parameters]
-        norm = step(machine, max_norm, rates, *rest)
+        norm = step(rates, *rest)
         before.append((norm == 0, all(torch.equal(p, q) for p, q in zip(parameters, old))))
         return norm
 
-    monkeypatch.setattr(train_sft, "optimizer_step", watched)
+    monkeypatch.setattr(door, "take_step", watched)
     final = run("sft", town, tmp_path, batch_size=1, epochs=2, ptx_data=(), dropout=0.0)
-    assert final["empty_steps"] == 4 and before.count((True, True)) == 4 and before.count((False, False)) == len(before) - 4
-    assert all(math.isfinite(row["loss"]) for row in common.read_log(tmp_path / "metrics.jsonl"))
+    assert (final["empty_steps"] == 4 and before.count((True, True)) == 4
+            and before.count((False, False)) == len(before) - 4)
+    assert all(math.isfinite(row["loss"]) for row in files.read_log(tmp_path / "metrics.jsonl"))
 
 
 def test_ppo_stops_where_it_has_run_away_or_never_ends(town, tmp_path):
     with pytest.raises(InputError, match="nats a response, over --max_kl 1e-09.*Raise --beta"):
         run("ppo", town, tmp_path / "kl", max_kl=1e-9, lr=0.1, value_lr=0.1)
-    with pytest.raises(InputError, match="in five rollouts no response ended.*raise --max_new_tokens"):
+    with pytest.raises(InputError,
+                       match="in five rollouts no response ended.*raise --max_new_tokens"):
         run("ppo", town, tmp_path / "endless", max_new_tokens=1, lr=0.0)

@@ -1,5 +1,8 @@
-"""PPO and DPO reach π*(y|x) ∝ π_ref(y|x)·exp(r(x,y)/β), and best-of-n its exact distribution, where every response of a
-small vocabulary can be enumerated. The whole `train()` of each script runs, on a toy tokenizer of eight ids."""
+"""PPO and DPO reach π*(y|x) ∝ π_ref(y|x)·exp(r(x,y)/β), and best-of-n its exact distribution.
+
+Every response of a small vocabulary can be enumerated. The whole `train()` of each script runs, on
+a toy tokenizer of eight ids.
+"""
 import itertools
 import json
 import math
@@ -7,16 +10,22 @@ import math
 import pytest
 import torch
 
-import evaluate
 import train_dpo
 import train_ppo
+from common import run as door
+from data.batches import Prompt
 from model import GPT, GPTConfig
+from rollout import Response, sequence_logprobs
+from systems import best_of_n
 
 LETTERS = "abcd"
 
 
 class ToyTokenizer:
-    """Ids 0–3: pad, user, assistant, end; 4–7: the letters a–d. Enough of Tokenizer's interface for both scripts."""
+    """Ids 0–3: pad, user, assistant, end; 4–7: the letters a–d.
+
+    It has enough of Tokenizer's interface for both scripts.
+    """
     name, pad, end, vocab_size, endoftext = "toy", 0, 3, 8, 0
 
     def encode(self, text):
@@ -27,13 +36,15 @@ class ToyTokenizer:
 
     def response_text(self, ids):
         ended = self.end in ids
-        return "".join("PUAEabcd"[id] for id in (ids[:ids.index(self.end)] if ended else ids)), ended
+        return "".join("PUAEabcd"[id]
+                       for id in (ids[:ids.index(self.end)] if ended else ids)), ended
 
 
 def toy_policy() -> GPT:
     torch.manual_seed(3)
     gpt = GPT(GPTConfig(16, 8, 2, 2, 32))
-    with torch.no_grad():        # flatter than at initialisation, so that no response is too rare to be sampled
+    with torch.no_grad():
+        # Flatter than at initialisation, so that no response is too rare to be sampled.
         gpt.wte.weight *= 0.3
     return gpt
 
@@ -44,8 +55,9 @@ def reward(text: str) -> float:
 
 
 def sequence_probs(policy: GPT, responses: list[list[int]]) -> torch.Tensor:
-    prompt = ToyTokenizer().render_prompt([{"content": "a"}])
-    return evaluate.response_logprobs(policy.eval(), [prompt] * len(responses), responses, 0, "cpu").double().exp()
+    prompt = Prompt([], ToyTokenizer().render_prompt([{"content": "a"}]))
+    answers = [Response(ids, "", True) for ids in responses]
+    return sequence_logprobs(policy.eval(), [prompt] * len(answers), answers, 0).double().exp()
 
 
 def optimum(ref_probs: torch.Tensor, rewards: torch.Tensor, beta: float) -> torch.Tensor:
@@ -60,11 +72,11 @@ def distance(p: torch.Tensor, q: torch.Tensor) -> float:
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """Both scripts load the toy policy; `trained()` returns the model that the last run saved."""
+    """Both scripts load the toy policy; the last of `saved` is the model that a run ended with."""
     saved = []
     for script in (train_ppo, train_dpo):
         monkeypatch.setattr(script, "load_gpt", lambda folder: (toy_policy(), ToyTokenizer()))
-        monkeypatch.setattr(script, "save_model", lambda out, model, *_: saved.append(model))
+    monkeypatch.setattr(door, "save_model", lambda out, model, *_: saved.append(model))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
     return tmp_path, saved
 
@@ -75,11 +87,14 @@ def ppo_probs(toy, beta: float):
     everything = range(8)
     responses = [[3]] + [[x, y] for x, y in itertools.product(everything, everything) if x != 3]
     tokenizer = ToyTokenizer()
-    scores = torch.tensor([reward(text) if ended else -0.5 for text, ended in map(tokenizer.response_text, responses)],
+    scores = torch.tensor([reward(text) if ended else -0.5
+                           for text, ended in map(tokenizer.response_text, responses)],
                           dtype=torch.double)
-    config = train_ppo.Config(init="toy", data=(str(folder / "prompts.jsonl"),), out=str(folder / "ppo"), steps=100, batch_size=256,
-                              minibatches=2, max_new_tokens=2, beta=beta, ptx_coef=0, lr=1e-2, value_lr=1e-2, lam=1.0,
-                              cliprange_value=10.0, missing_end_score=-0.5, sample_every=10**6, device="cpu")
+    config = train_ppo.Config(init="toy", data=(str(folder / "prompts.jsonl"),),
+                              out=str(folder / "ppo"), steps=100, batch_size=256, minibatches=2,
+                              max_new_tokens=2, beta=beta, ptx_coef=0, lr=1e-2, value_lr=1e-2,
+                              lam=1.0, cliprange_value=10.0, missing_end_score=-0.5,
+                              sample_every=10**6, device="cpu")
     train_ppo.train(config, reward=lambda conversations, texts: [reward(text) for text in texts])
     reference = sequence_probs(toy_policy(), responses)
     assert reference.sum().item() == pytest.approx(1, abs=1e-5)
@@ -96,13 +111,17 @@ def test_ppo_reaches_the_optimum_and_doubled_beta_reaches_the_other(toy):
 
 
 def dpo_probs(toy, beta: float):
-    """(reference, trained, optimum) over sixteen responses of two letters, from preferences in exact proportion."""
+    """(reference, trained, optimum) over sixteen responses of two letters.
+
+    The preferences occur in exact proportion.
+    """
     folder, saved = toy
     texts = ["".join(pair) for pair in itertools.product(LETTERS, LETTERS)]
     responses = [[*ToyTokenizer().encode(text), 3] for text in texts]
     rows = []
     for first, second in itertools.combinations(texts, 2):
-        wins = round(20 * torch.sigmoid(torch.tensor(reward(first) - reward(second))).item())   # of 20 comparisons
+        # wins of `first` in 20 comparisons
+        wins = round(20 * torch.sigmoid(torch.tensor(reward(first) - reward(second))).item())
         rows += [{"prompt": "a", "chosen": first, "rejected": second}] * wins
         rows += [{"prompt": "a", "chosen": second, "rejected": first}] * (20 - wins)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -128,15 +147,15 @@ def test_dpo_reaches_the_optimum_and_doubled_beta_reaches_the_other(toy):
 def test_best_of_n_follows_the_exact_order_statistics():
     generator = torch.Generator().manual_seed(0)
     probs = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.double)
-    rewards = torch.tensor([0.0, 2.0, 1.0, 1.0, 3.0], dtype=torch.double)          # two responses tie
+    rewards = torch.tensor([0.0, 2.0, 1.0, 1.0, 3.0], dtype=torch.double)   # two responses tie
     n, trials = 4, 40_000
-    exact = evaluate.best_of_n_distribution(probs, rewards, n)
+    exact = best_of_n.best_of_n_distribution(probs, rewards, n)
     assert exact.sum().item() == pytest.approx(1)
-    assert exact[4].item() == pytest.approx(1 - 0.95 ** 4)                         # the best: 1 − P(never drawn)
-    assert exact[0].item() == pytest.approx(0.4 ** 4)                              # the worst: drawn every time
+    assert exact[4].item() == pytest.approx(1 - 0.95 ** 4)          # the best: 1 − P(never drawn)
+    assert exact[0].item() == pytest.approx(0.4 ** 4)               # the worst: drawn every time
     draws = torch.multinomial(probs, n * trials, replacement=True, generator=generator)
     pool = [[i] for i in draws.tolist()]
-    chosen, best = evaluate.best_of_n(pool, rewards[draws], n)
+    chosen, best = best_of_n.choose(pool, rewards[draws], n)
     measured = torch.bincount(torch.tensor(chosen)[:, 0], minlength=5).double() / trials
     assert distance(measured, exact) < 0.01
     assert distance(probs, exact) > 0.3
@@ -146,17 +165,20 @@ def test_best_of_n_follows_the_exact_order_statistics():
 def test_best_of_n_kl_meets_the_bound_where_rewards_are_distinct_and_many():
     R, n = 4000, 8
     probs = torch.full((R,), 1 / R, dtype=torch.double)
-    exact = evaluate.best_of_n_distribution(probs, torch.arange(R).double(), n)
+    exact = best_of_n.best_of_n_distribution(probs, torch.arange(R).double(), n)
     kl = (exact * (exact / probs).log()).sum().item()
-    assert kl == pytest.approx(evaluate.best_of_n_kl(n), abs=2e-3)
-    chosen = torch.multinomial(exact, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
-    measured = evaluate.measured_best_of_n_kl(probs[chosen].log(), chosen.double() / R, n).item()
+    assert kl == pytest.approx(best_of_n.best_of_n_kl(n), abs=2e-3)
+    chosen = torch.multinomial(exact, 20_000, replacement=True,
+                               generator=torch.Generator().manual_seed(0))
+    measured = best_of_n.measured_best_of_n_kl(probs[chosen].log(), chosen.double() / R, n).item()
     assert measured == pytest.approx(kl, abs=0.02)
-    few = evaluate.best_of_n_distribution(torch.tensor([0.5, 0.5]).double(), torch.tensor([0.0, 1.0]).double(), 8)
-    assert (few * (few / 0.5).log()).sum().item() < evaluate.best_of_n_kl(8) / 1.5    # saturates at −log p_max
+    few = best_of_n.best_of_n_distribution(torch.tensor([0.5, 0.5]).double(),
+                                          torch.tensor([0.0, 1.0]).double(), 8)
+    # It saturates at −log p_max.
+    assert (few * (few / 0.5).log()).sum().item() < best_of_n.best_of_n_kl(8) / 1.5
 
 
 def test_best_of_n_kl_of_a_response_far_less_likely_than_the_others():
     """p = e⁻⁶⁰ vanishes beside F = 0.9 in float64; ((F + p)ⁿ − Fⁿ)/p → n·Fⁿ⁻¹."""
-    measured = evaluate.measured_best_of_n_kl(torch.tensor([-60.0]), torch.tensor([0.9]), 16).item()
+    measured = best_of_n.measured_best_of_n_kl(torch.tensor([-60.0]), torch.tensor([0.9]), 16)
     assert measured == pytest.approx(math.log(16) + 15 * math.log(0.9), abs=1e-6)

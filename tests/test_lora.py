@@ -48,7 +48,8 @@ def test_off_is_the_model_before_and_merged_is_the_model_after():
         assert torch.equal(gpt(TOKENS), before)
     assert torch.equal(gpt(TOKENS), after)
     mask = torch.arange(12).expand(2, 12) > 3
-    torch.testing.assert_close(lora.Reference(gpt).logprobs(TOKENS, mask)[0], small().logprobs(TOKENS, mask)[0])
+    torch.testing.assert_close(lora.Reference(gpt).logprobs(TOKENS, mask)[0],
+                               small().logprobs(TOKENS, mask)[0])
     merge_lora(gpt)
     assert list(gpt.state_dict()) == names and all(p.requires_grad for p in gpt.parameters())
     torch.testing.assert_close(gpt(TOKENS), after, atol=1e-5, rtol=0)

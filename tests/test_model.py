@@ -8,16 +8,21 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from checkpoint import save_checkpoint
-from common import InputError
-from model import GPT, GPTConfig, KVCache, RewardModel, before, generate_many, load_gpt, load_reward_model, sample_token
+from common.checkpoint import load_gpt, load_reward_model, new_gpt, save_checkpoint
+from common.errors import InputError
+from data.batches import Prompt
+from model import GPT, GPTConfig, KVCache, RewardModel, before, sample_token, stream
+from rollout import respond
 
 V = 23                                                        # vocabulary of the small model
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [5, 3], [8, 9, 7, 9, 3], [2, 7, 1, 8, 2, 8], [11, 22, 0]]
 
 
 def small(seed=0, **changes):
-    """A random model in evaluation mode, with random biases and gains too: at their start they hide mistakes."""
+    """A random model in evaluation mode, with random biases and gains too.
+
+    The values that biases and gains start from would hide mistakes.
+    """
     torch.manual_seed(seed)
     config = dict(block_size=32, vocab_size=V, n_layer=3, n_head=2, n_embd=16) | changes
     model = GPT(GPTConfig(**config))
@@ -26,7 +31,7 @@ def small(seed=0, **changes):
             if p.dim() == 1:
                 p.add_(0.2 * torch.randn(p.shape))
             else:
-                p.mul_(8)                # sharp, varied distributions: flat ones would hide a mistake
+                p.mul_(8)           # sharp, varied distributions: flat ones would hide a mistake
     return model.eval()
 
 
@@ -45,14 +50,15 @@ def left_padded(rows, pad=0, extra=0):
 def right_padded(rows, pad=0, extra=0):
     """(tokens, lengths), padded on the right."""
     width = max(map(len, rows)) + extra
-    return torch.tensor([row + [pad] * (width - len(row)) for row in rows]), torch.tensor([len(row) for row in rows])
+    return (torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+            torch.tensor([len(row) for row in rows]))
 
 
 def close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-# ----------------------------------------------------------------------------- padding and positions
+# ---------------------------------------------------------------------------- padding and positions
 
 @pytest.mark.parametrize("extra", [0, 1, 7])
 @pytest.mark.parametrize("pad", [0, 5, V - 1])
@@ -78,7 +84,8 @@ def test_bool_mask_equals_0_1_mask(gpt):
 
 def test_positions_follow_the_mask(gpt):
     tokens, mask = left_padded(PROMPTS, extra=3)
-    by_hand = torch.tensor([[max(0, sum(row[:t + 1]) - 1) for t in range(len(row))] for row in mask.tolist()])
+    by_hand = torch.tensor([[max(0, sum(row[:t + 1]) - 1) for t in range(len(row))]
+                            for row in mask.tolist()])
     real = mask.bool()
     close(gpt.hidden(tokens, attention_mask=mask)[real], gpt.hidden(tokens, by_hand, mask)[real])
     later = gpt.hidden(tokens, by_hand + 1, mask)[real]
@@ -143,7 +150,8 @@ def cut(response, stop):
 def test_cached_generation_equals_uncached(seed):
     gpt = small(seed)
     expected = [greedy_by_hand(gpt, prompt, 12) for prompt in PROMPTS]
-    assert len({tuple(response) for response in expected}) == len(PROMPTS)      # else a swapped row would not show
+    # Else a swapped row would not show.
+    assert len({tuple(response) for response in expected}) == len(PROMPTS)
     assert gpt.generate(PROMPTS, 12, temperature=0) == expected
 
 
@@ -161,13 +169,14 @@ def test_stop_token_is_kept_and_ends_the_response(seed):
         expected = [cut(response, stop) for response in free]
         assert gpt.generate(PROMPTS, 20, temperature=0, stop_token=stop) == expected
         lengths_seen.add(len(set(map(len, expected))))
-    assert max(lengths_seen) >= 3           # for some stop token the rows finish at three different times at least
+    # For some stop token the rows finish at three different times at least.
+    assert max(lengths_seen) >= 3
 
 
 def test_stop_token_in_sampled_responses():
     gpt, stop = small(), 4
-    responses = gpt.generate([PROMPTS[0]] * 200 + [PROMPTS[1]] * 200, 15, temperature=3.0, stop_token=stop,
-                             generator=torch.Generator().manual_seed(0))
+    responses = gpt.generate([PROMPTS[0]] * 200 + [PROMPTS[1]] * 200, 15, temperature=3.0,
+                             stop_token=stop, generator=torch.Generator().manual_seed(0))
     ended = [response for response in responses if stop in response]
     assert 20 < len(ended) < 400
     assert all(response.index(stop) == len(response) - 1 for response in ended)
@@ -177,21 +186,25 @@ def test_stop_token_in_sampled_responses():
 def test_stop_token_in_the_prompt_stops_nothing(gpt):
     stop = 1
     prompt = [3, stop, 4]
-    assert gpt.generate([prompt], 6, temperature=0, stop_token=stop) == [cut(greedy_by_hand(gpt, prompt, 6), stop)]
+    assert gpt.generate([prompt], 6, temperature=0, stop_token=stop) == [
+        cut(greedy_by_hand(gpt, prompt, 6), stop)]
 
 
 @pytest.mark.parametrize("stop", [None, 13, 21])
 def test_batch_mates_change_nothing(gpt, stop):
     together = gpt.generate(PROMPTS, 16, temperature=0, stop_token=stop)
-    assert together == [gpt.generate([prompt], 16, temperature=0, stop_token=stop)[0] for prompt in PROMPTS]
+    assert together == [gpt.generate([prompt], 16, temperature=0, stop_token=stop)[0]
+                        for prompt in PROMPTS]
     twice = gpt.generate(PROMPTS + PROMPTS[::-1], 16, temperature=0, stop_token=stop)
     assert twice == together + together[::-1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_sampled_tokens_replay_through_logprobs(monkeypatch, temperature):
-    """The cached pass that drew a token and the training pass that scores it agree on its log-probability."""
-    gpt, drawn = small().double(), []           # in double precision the two differ by a mistake or not at all
+    """The cached pass that draws a token and the training pass that scores it agree on its
+    log-probability."""
+    # In double precision the two differ by a mistake or not at all.
+    gpt, drawn = small().double(), []
 
     def record(logits, *arguments, **keywords):
         tokens = sample_token(logits, *arguments, **keywords)
@@ -199,9 +212,11 @@ def test_sampled_tokens_replay_through_logprobs(monkeypatch, temperature):
         return tokens
     monkeypatch.setattr(model_module, "sample_token", record)
     prompts = [prompt for prompt in PROMPTS for _ in range(4)]
-    responses = gpt.generate(prompts, 10, temperature=temperature, generator=torch.Generator().manual_seed(1))
+    responses = gpt.generate(prompts, 10, temperature=temperature,
+                             generator=torch.Generator().manual_seed(1))
     assert len({tuple(response) for response in responses}) > len(PROMPTS)
-    tokens, _ = right_padded([prompt + response for prompt, response in zip(prompts, responses)], pad=6)
+    tokens, _ = right_padded([prompt + response for prompt, response in zip(prompts, responses)],
+                             pad=6)
     start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
     columns = torch.arange(tokens.shape[1])
     mask = (columns >= start) & (columns < start + 10)
@@ -216,11 +231,12 @@ def test_generation_under_autocast_follows_the_model(gpt):
     for prompt, response in zip(PROMPTS, responses):
         logits = gpt(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1]
         chosen = logits.gather(1, torch.tensor(response)[:, None])[:, 0]
-        assert (logits.amax(-1) - chosen).max() < 0.2                       # logits here spread over about 10
+        assert (logits.amax(-1) - chosen).max() < 0.2           # logits here spread over about 10
 
 
 def draw(gpt, seed=0, count=50, **keywords):
-    return gpt.generate(PROMPTS[:1] * count, 6, generator=torch.Generator().manual_seed(seed), **keywords)
+    return gpt.generate(PROMPTS[:1] * count, 6, generator=torch.Generator().manual_seed(seed),
+                        **keywords)
 
 
 def test_the_generator_decides(gpt):
@@ -229,18 +245,22 @@ def test_the_generator_decides(gpt):
     before_it = torch.rand(3)
     torch.manual_seed(5)
     draw(gpt, 0)
-    assert torch.equal(torch.rand(3), before_it)                # the global generator was left alone
+    assert torch.equal(torch.rand(3), before_it)            # the global generator was left alone
 
 
-@pytest.mark.parametrize("keywords", [{"temperature": 0}, {"temperature": 0.0, "top_k": 3}, {"top_k": 1},
-                                      {"top_p": 1e-6}, {"temperature": 1e-4}])
+@pytest.mark.parametrize("keywords", [
+    {"temperature": 0}, {"temperature": 0.0, "top_k": 3}, {"top_k": 1}, {"top_p": 1e-6},
+    {"temperature": 1e-4}])
 def test_ways_to_be_greedy(gpt, keywords):
     expected = [greedy_by_hand(gpt, prompt, 6) for prompt in PROMPTS]
     assert gpt.generate(PROMPTS, 6, **keywords) == expected
 
 
 def chi_square(counts, probs):
-    """(statistic, upper bound five standard deviations above its mean); outcomes expected under 5 times are merged."""
+    """(statistic, upper bound five standard deviations above its mean).
+
+    Outcomes that are expected under 5 times are merged.
+    """
     total = sum(counts.values())
     probs = probs.detach().double()
     observed = torch.tensor([counts.get(i, 0) for i in range(len(probs))], dtype=torch.double)
@@ -249,12 +269,14 @@ def chi_square(counts, probs):
     observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
     expected = torch.cat([expected[~rare], expected[rare].sum()[None].clamp(min=1)])
     freedom = len(observed) - 1
-    return float(((observed - expected) ** 2 / expected).sum()), freedom + 5 * math.sqrt(2 * freedom)
+    return (float(((observed - expected) ** 2 / expected).sum()),
+            freedom + 5 * math.sqrt(2 * freedom))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_samples_follow_the_distribution_that_logprobs_scores(temperature):
-    """All responses of two tokens over six ids: their frequencies against exp(sum of log-probs), at one temperature."""
+    """The frequencies of all responses of two tokens over six ids agree with exp(sum of log-probs),
+    at one temperature."""
     gpt = small(1, vocab_size=6)
     prompt, count = [3, 1], 20_000
     responses = gpt.generate([prompt] * count + [[5, 4, 3, 2, 1]], 2, temperature=temperature,
@@ -267,19 +289,21 @@ def test_samples_follow_the_distribution_that_logprobs_scores(temperature):
     assert (probs > 0.002).sum() >= 6                           # not all on one response
     statistic, bound = chi_square(counts, probs)
     assert statistic < bound
-    statistic, bound = chi_square(counts, gpt.logprobs(tokens, mask, temperature * 1.15)[0].sum(1).exp())
-    assert statistic > bound                                    # and the same counts refute a temperature 15 % higher
+    statistic, bound = chi_square(counts,
+                                  gpt.logprobs(tokens, mask, temperature * 1.15)[0].sum(1).exp())
+    assert statistic > bound                # and the same counts refute a temperature 15 % higher
 
 
-@pytest.mark.parametrize("keywords", [{"top_k": 3}, {"top_p": 0.8}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.6},
-                                      {"top_k": 100}])
+@pytest.mark.parametrize("keywords", [
+    {"top_k": 3}, {"top_p": 0.8}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.6}, {"top_k": 100}])
 def test_top_k_and_top_p_renormalise_the_set_they_keep(keywords):
     gpt, temperature, count = small(1, vocab_size=12), 3.0, 20_000
-    drawn = gpt.generate([[3, 1]] * count, 1, temperature=temperature, generator=torch.Generator().manual_seed(0),
-                         **keywords)
+    drawn = gpt.generate([[3, 1]] * count, 1, temperature=temperature,
+                         generator=torch.Generator().manual_seed(0), **keywords)
     probs = (gpt(torch.tensor([[3, 1]]))[0, -1] / temperature).softmax(-1).tolist()
     kept = sorted(range(12), key=lambda i: -probs[i])[:keywords.get("top_k")]
-    if "top_p" in keywords:                # among what top_k left: the fewest of the likeliest that reach top_p
+    # Of what top_k left, top_p keeps the likeliest: the fewest that reach it.
+    if "top_p" in keywords:
         reached, goal, order = 0.0, keywords["top_p"] * sum(probs[i] for i in kept), kept
         kept = []
         for i in order:
@@ -296,38 +320,49 @@ def test_top_k_and_top_p_renormalise_the_set_they_keep(keywords):
 def test_no_token_of_probability_zero_is_drawn(monkeypatch):
     logits = torch.full((20_000, 9), -math.inf)
     logits[:, [2, 3, 6]] = torch.tensor([0.0, 1.0, -1.0])
-    drawn = sample_token(logits, torch.rand(len(logits), generator=torch.Generator().manual_seed(0)), 1.0, None, 1.0)
+    drawn = sample_token(logits,
+                         torch.rand(len(logits), generator=torch.Generator().manual_seed(0)),
+                         1.0, None, 1.0)
     assert set(drawn.tolist()) == {2, 3, 6}
-    # The two ends of the uniform distribution, which 20,000 draws do not reach; 1 stands for a product rounded up.
+    # The two ends of the uniform distribution, which 20,000 draws do not reach; 1 stands for a
+    # product that is rounded up.
     for u in (0.0, 1 - 2 ** -24, 1.0):
-        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, dtype=None, **_: torch.full(shape, u, dtype=dtype))
-        assert set(sample_token(logits, torch.rand(len(logits)), 1.0, None, 1.0).tolist()) <= {2, 3, 6}
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, dtype=None, **_: torch.full(
+            shape, u, dtype=dtype))
+        assert (set(sample_token(logits, torch.rand(len(logits)), 1.0, None, 1.0).tolist())
+                <= {2, 3, 6})
         assert set(sample_token(logits, torch.rand(len(logits)), 1.0, 2, 1.0).tolist()) <= {2, 3}
         assert set(sample_token(logits, torch.rand(len(logits)), 1.0, None, 0.5).tolist()) == {3}
 
 
 def test_a_response_depends_on_its_own_random_numbers_alone(gpt):
-    """Whatever its neighbours, and however early they end: so processes can share a batch of prompts."""
+    """Its neighbours, and how early they end, change nothing: so processes can share a batch of
+    prompts."""
     prompts = [prompt for prompt in PROMPTS for _ in range(5)]
     uniforms = torch.rand(len(prompts), 12, generator=torch.Generator().manual_seed(4))
     together = gpt.generate(prompts, 12, stop_token=13, uniforms=uniforms)
     assert len(set(map(len, together))) > 1
     for i, prompt in enumerate(prompts):
-        assert gpt.generate([prompt], 12, stop_token=13, uniforms=uniforms[i:i + 1]) == [together[i]]
-    assert gpt.generate(prompts, 12, stop_token=13, generator=torch.Generator().manual_seed(4)) == together
+        assert (gpt.generate([prompt], 12, stop_token=13, uniforms=uniforms[i:i + 1])
+                == [together[i]])
+    assert gpt.generate(prompts, 12, stop_token=13,
+                        generator=torch.Generator().manual_seed(4)) == together
 
 
-@pytest.mark.parametrize("shape", [dict(n_layer=10 ** 9), dict(block_size=10 ** 12), dict(vocab_size=10 ** 12), dict(n_embd=10 ** 7)])
+@pytest.mark.parametrize("shape", [dict(n_layer=10 ** 9), dict(block_size=10 ** 12),
+                                   dict(vocab_size=10 ** 12), dict(n_embd=10 ** 7)])
 def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(shape):
     with pytest.raises(InputError, match="GiB for its weights alone"):
-        GPT(GPTConfig(**dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32) | shape))
+        new_gpt(GPTConfig(**dict(block_size=32, vocab_size=50, n_layer=2, n_head=2,
+                                 n_embd=32) | shape))
 
 
 def test_best_of_n_has_the_distribution_of_an_order_statistic():
     """P(best of n = y) = F(y)ⁿ − F(< y)ⁿ, with F the distribution function along the score."""
     gpt, n, rounds = small(1, vocab_size=6), 4, 5000
     score = torch.tensor([0.3, -1.0, 2.0, 0.9, -0.2, 1.1])
-    drawn = gpt.generate([[3, 1]] * (n * rounds), 1, temperature=3.0, generator=torch.Generator().manual_seed(2))
+    drawn = gpt.generate([[3, 1]] * (n * rounds), 1, temperature=3.0,
+                         generator=torch.Generator().manual_seed(2))
     best = torch.tensor(drawn).view(rounds, n)
     best = best.gather(1, score[best].argmax(1, keepdim=True))[:, 0]
     probs = (gpt(torch.tensor([[3, 1]]))[0, -1] / 3.0).softmax(-1).double()
@@ -358,12 +393,13 @@ def test_dropout_is_off_while_generating_and_the_mode_comes_back():
     assert not any(module.training for module in gpt.modules())
     gpt.train()
     with torch.no_grad():
-        assert (gpt(torch.tensor([PROMPTS[0]])) - gpt(torch.tensor([PROMPTS[0]]))).abs().max() > 0.1    # dropout is on
+        # Dropout is on.
+        assert (gpt(torch.tensor([PROMPTS[0]])) - gpt(torch.tensor([PROMPTS[0]]))).abs().max() > 0.1
     assert gpt.generate(PROMPTS, 8, temperature=0) == expected
     assert all(module.training for module in gpt.modules())
     with pytest.raises(ValueError):
         gpt.generate([[]], 8)
-    steps = gpt.stream(PROMPTS, 8)
+    steps = stream(gpt, PROMPTS, 8)
     next(steps)
     steps.close()                                               # a reader who has seen enough
     assert all(module.training for module in gpt.modules())
@@ -371,15 +407,37 @@ def test_dropout_is_off_while_generating_and_the_mode_comes_back():
 
 def test_stream_is_generate_step_by_step(gpt):
     responses = [[] for _ in PROMPTS]
-    for rows, tokens in gpt.stream(PROMPTS, 9, temperature=0, stop_token=13):
+    for rows, tokens in stream(gpt, PROMPTS, 9, temperature=0, stop_token=13):
         for row, token in zip(rows, tokens, strict=True):
             responses[row].append(token)
     assert responses == gpt.generate(PROMPTS, 9, temperature=0, stop_token=13)
 
 
-def test_generate_many_keeps_the_order_of_the_prompts(gpt, capfd):
-    expected = gpt.generate(PROMPTS, 5, temperature=0)
-    assert generate_many(gpt, PROMPTS, 5, title="t", batch_size=2, temperature=0) == expected
+def test_respond_keeps_the_order_of_the_prompts(gpt, capfd):
+    class Words:
+        end = 13
+
+        def response_text(self, ids):
+            return " ".join(map(str, ids)), self.end in ids
+
+    expected = gpt.generate(PROMPTS, 5, temperature=0, stop_token=13)
+    responses = respond(gpt, [Prompt([], ids) for ids in PROMPTS], Words(), 5, seed=1, title="t",
+                        batch_size=2, temperature=0)
+    assert [response.ids for response in responses] == expected
+    assert [response.ended for response in responses] == [13 in ids for ids in expected]
+    assert "t:" in capfd.readouterr().err
+
+
+def test_the_seed_of_respond_decides(gpt):
+    class Words:
+        end = 13
+
+        def response_text(self, ids):
+            return "", True
+
+    first, again, other = (respond(gpt, [Prompt([], ids) for ids in PROMPTS], Words(), 5, seed=seed)
+                           for seed in (1, 1, 2))
+    assert first == again != other
 
 
 def test_generation_leaves_no_gradient(gpt):
@@ -387,7 +445,7 @@ def test_generation_leaves_no_gradient(gpt):
     assert all(p.grad is None for p in gpt.parameters())
 
 
-# ----------------------------------------------------------------------------- initialisation, head, dropout
+# -------------------------------------------------------------------- initialisation, head, dropout
 
 def test_the_output_head_is_the_input_embedding():
     gpt = small()
@@ -401,7 +459,7 @@ def test_the_output_head_is_the_input_embedding():
     as_input = gradient(F.linear(gpt.hidden(tokens), weight.detach()))
     as_output = gradient(F.linear(gpt.hidden(tokens).detach(), weight))
     assert as_input.norm() > 0.1 and as_output.norm() > 0.1
-    assert as_input[12].norm() == 0 and as_output[12].norm() > 0            # id 12 is not in the prompt
+    assert as_input[12].norm() == 0 and as_output[12].norm() > 0        # id 12 is not in the prompt
     close(total, as_input + as_output, 1e-4)
 
 
@@ -409,11 +467,14 @@ def test_the_output_head_is_the_input_embedding():
 def test_residual_projections_start_smaller(layers):
     gpt = GPT(GPTConfig(64, 64, layers, 2, 64))
     for block in gpt.blocks:
-        inner = torch.cat([block.attention.qkv.weight.flatten(), block.up.weight.flatten()]).std().item()
+        inner = torch.cat([block.attention.qkv.weight.flatten(),
+                           block.up.weight.flatten()]).std().item()
         for residual in (block.attention.proj.weight, block.down.weight):
-            assert residual.std().item() / inner == pytest.approx(1 / math.sqrt(2 * layers), rel=0.06)
+            assert residual.std().item() / inner == pytest.approx(
+                1 / math.sqrt(2 * layers), rel=0.06)
     assert all((p == 0).all() for name, p in gpt.named_parameters() if name.endswith("bias"))
-    assert GPT(GPTConfig(8, 64, 1, 2, 768)).wte.weight.std().item() == pytest.approx(0.02, rel=0.05)    # GPT-2's
+    # 0.02 is GPT-2's.
+    assert GPT(GPTConfig(8, 64, 1, 2, 768)).wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_heads_must_divide_the_width():
@@ -437,29 +498,32 @@ def test_dropout_rises_linearly_over_the_layers(monkeypatch):
     monkeypatch.setattr(F, "dropout", record)
     gpt = small(n_layer=4, dropout=0.3).train()
     gpt(torch.tensor(PROMPTS[:1]))
-    active = [p for p, training in seen if training and p > 0]              # the first block may skip the call
+    active = [p for p, training in seen if training and p > 0]  # the first block may skip the call
     assert active == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
     seen.clear()
     gpt.eval()(torch.tensor(PROMPTS[:1]))
     assert not any(training and p > 0 for p, training in seen)
 
 
-# ----------------------------------------------------------------------------- logprobs and the one shift
+# ----------------------------------------------------------------------- logprobs and the one shift
 
 def test_before_is_one_place_earlier():
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]]).bool()
     assert before(mask).tolist() == [[True, True, False, False], [False, True, True, False]]
     assert before(mask).dtype == torch.bool
     gpt = small()
-    with pytest.raises(ValueError, match="must match"):                     # nothing comes before the first token
+    with pytest.raises(ValueError, match="must match"):     # nothing comes before the first token
         gpt.logprobs(torch.tensor(PROMPTS[:1]), torch.ones(1, 8))
 
 
-@pytest.mark.parametrize("situation", ["right padding", "left padding", "several texts in a row", "behind a cache"])
-@pytest.mark.parametrize("wanted", [[[4], [], [1, 5, 6], [7]], [[0], [0], [0], [0]], [[], [], [], []],
-                                    [[1, 2, 3, 4, 5, 6], [0, 7], [3], []]])
+@pytest.mark.parametrize("situation", ["right padding", "left padding", "several texts in a row",
+                                       "behind a cache"])
+@pytest.mark.parametrize("wanted", [
+    [[4], [], [1, 5, 6], [7]], [[0], [0], [0], [0]], [[], [], [], []],
+    [[1, 2, 3, 4, 5, 6], [0, 7], [3], []]])
 def test_wanted_states_are_those_of_the_whole_pass(situation, wanted):
-    """With few of them the last block computes no others: same numbers, same gradients of every parameter."""
+    """With few wanted states the last block computes no others: numbers and gradients of every
+    parameter are the same."""
     gpt = small(n_layer=3).double()
     torch.manual_seed(5)
     tokens = torch.randint(0, V, (4, 8))
@@ -486,8 +550,9 @@ def test_wanted_states_are_those_of_the_whole_pass(situation, wanted):
 
     def gradients(chosen):
         gpt.zero_grad()
-        if situation != "behind a cache":                                   # written in place: for sampling only
-            (chosen * torch.linspace(-1, 1, chosen.numel(), dtype=torch.double).view_as(chosen)).sum().backward()
+        if situation != "behind a cache":                   # written in place: for sampling only
+            (chosen * torch.linspace(-1, 1, chosen.numel(), dtype=torch.double)
+             .view_as(chosen)).sum().backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in gpt.parameters()]
 
     few, all_ = states(wanted=at), states()[at]
@@ -518,7 +583,8 @@ def test_logprobs_by_hand(gpt, temperature):
 def test_logprobs_of_nothing_are_zero_with_a_gradient_of_zero():
     gpt = small()
     logprobs, entropies = gpt.logprobs(torch.tensor(PROMPTS[:1]), torch.zeros(1, 8))
-    assert logprobs.shape == entropies.shape == (1, 8) and not logprobs.any() and not entropies.any()
+    assert (logprobs.shape == entropies.shape == (1, 8)
+            and not logprobs.any() and not entropies.any())
     (logprobs.sum() + entropies.sum()).backward()
     assert all(p.grad is None or not p.grad.any() for p in gpt.parameters())
 
@@ -560,7 +626,8 @@ def reward_model():
 
 
 EOS = 13
-DIALOGUES = [[3, EOS, 4, 1, 5, 9, EOS], [EOS, 8, EOS], [7, EOS], [2, EOS, EOS, 1, 8, 2, 8, 1, 8], [EOS]]
+DIALOGUES = [[3, EOS, 4, 1, 5, 9, EOS], [EOS, 8, EOS], [7, EOS], [2, EOS, EOS, 1, 8, 2, 8, 1, 8],
+             [EOS]]
 
 
 @pytest.mark.parametrize("pad", [EOS, 0, 8])
@@ -585,7 +652,8 @@ def test_score_does_not_depend_on_the_batch(reward_model):
     assert scores.std() > 0.1
     order = torch.tensor([4, 2, 0, 3, 1])
     close(reward_model(tokens[order], lengths[order]), scores[order])
-    close(torch.cat([reward_model(tokens[i:i + 1], lengths[i:i + 1]) for i in range(len(tokens))]), scores)
+    close(torch.cat([reward_model(tokens[i:i + 1], lengths[i:i + 1]) for i in range(len(tokens))]),
+          scores)
     close(reward_model(tokens.repeat(7, 1), lengths.repeat(7)), scores.repeat(7))
 
 
@@ -608,7 +676,8 @@ def test_bias_is_subtracted_everywhere():
     close(reward_model(tokens, lengths), scores - 1.5)
     close(reward_model.scalars(tokens), scalars - 1.5)
     assert reward_model.scalars(tokens).shape == tokens.shape
-    assert "bias" in reward_model.state_dict() and "bias" not in dict(reward_model.named_parameters())
+    assert ("bias" in reward_model.state_dict()
+            and "bias" not in dict(reward_model.named_parameters()))
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -646,9 +715,11 @@ def test_reward_model_survives_the_disk(tmp_path):
 def test_low_precision_is_saved_as_fp32(tmp_path):
     gpt = small().to(torch.bfloat16)
     save_checkpoint(tmp_path, gpt, "language model", gpt.config, tokenizer="tinytown")
-    assert {x.dtype for x in torch.load(tmp_path / "model.pt", weights_only=True).values()} == {torch.float32}
+    assert {x.dtype for x in torch.load(tmp_path / "model.pt",
+                                        weights_only=True).values()} == {torch.float32}
     loaded, _ = load_gpt(str(tmp_path))
-    assert torch.equal(loaded.wte.weight, gpt.wte.weight.float()) and loaded.wte.weight.dtype == torch.float32
+    assert (torch.equal(loaded.wte.weight, gpt.wte.weight.float())
+            and loaded.wte.weight.dtype == torch.float32)
 
 
 def complaint(load, folder):
@@ -707,5 +778,6 @@ def test_description_that_does_not_fit_the_weights(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(changed))
         complaint(load_gpt, tmp_path)
     for gone in ("model", "tokenizer"):
-        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in description.items() if k != gone}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({k: v for k, v in description.items() if k != gone}))
         complaint(load_gpt, tmp_path)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from common import InputError
+from common.errors import InputError
 from data import show as data_show
-from data.readers import (Ranking, demonstration, prompt, ranking, read_demonstrations, read_prompts,
-                          read_rankings, read_text)
+from data.readers import (Ranking, demonstration, prompt, ranking, read_demonstrations,
+                          read_prompts, read_rankings, read_text)
 from data.tokenizer import get_tokenizer
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -35,8 +35,9 @@ def system(content):
 def write(folder, *rows, name="rows.jsonl"):
     """A file of JSON lines; text stands as it is, anything else is written as JSON."""
     path = folder / name
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
-                    encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8")
     return path
 
 
@@ -50,7 +51,7 @@ def complaint(read, path):
     return message
 
 
-# ----------------------------------------------------------------------------- layouts of demonstrations
+# ------------------------------------------------------------------------ layouts of demonstrations
 
 DEMONSTRATIONS = [
     ({"instruction": "Add.", "input": "1 2", "output": "3"}, [user("Add.\n\n1 2"), assistant("3")]),
@@ -66,16 +67,21 @@ DEMONSTRATIONS = [
     ({"messages": [user("a"), assistant("b")]}, [user("a"), assistant("b")]),
     ({"messages": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]},
      [system("s"), user("a"), assistant("b"), user("c"), assistant("d")]),
-    ({"messages": [{**user("a"), "name": "A"}, assistant("b")], "prompt": "a"}, [user("a"), assistant("b")]),
+    ({"messages": [{**user("a"), "name": "A"}, assistant("b")], "prompt": "a"},
+     [user("a"), assistant("b")]),
     ({"prompt": "a", "completion": " b"}, [user("a"), assistant(" b")]),
     ({"prompt": "a", "response": "b"}, [user("a"), assistant("b")]),
-    ({"prompt": [system("s"), user("a")], "response": "b"}, [system("s"), user("a"), assistant("b")]),
+    ({"prompt": [system("s"), user("a")], "response": "b"},
+     [system("s"), user("a"), assistant("b")]),
     ({"prompt": [user("a")], "completion": [assistant("b")]}, [user("a"), assistant("b")]),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, [user("a"), assistant("b")]),
-    ({"instruction": "a", "input": "i", "chosen": "b", "rejected": "c"}, [user("a\n\ni"), assistant("b")]),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "\n\nHuman: a"},
+    ({"instruction": "a", "input": "i", "chosen": "b", "rejected": "c"},
+     [user("a\n\ni"), assistant("b")]),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+      "rejected": "\n\nHuman: a"},
      [user("a"), assistant("b"), user("c"), assistant("d")]),
-    ({"prompt": "a", "responses": ["b", "c", "d"], "scores": [0, 2, 2]}, [user("a"), assistant("c")]),
+    ({"prompt": "a", "responses": ["b", "c", "d"], "scores": [0, 2, 2]},
+     [user("a"), assistant("c")]),
 ]
 
 
@@ -105,7 +111,8 @@ PROMPTS = [
      [user("a"), assistant("b"), user("c")]),
     ({"prompt": "a", "completion": "b"}, [user("a")]),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, [user("a")]),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, [user("a")]),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+     [user("a")]),
     ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}, [user("a")]),
     ({"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"},
      [user("a"), assistant("b"), user("c")]),
@@ -126,8 +133,10 @@ RANKINGS = [
     ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}, Ranking(A, ["b", "c"], B, 2.0)),
     ({"prompt": [user("a")], "chosen": "b", "rejected": "c"}, Ranking(A, ["b", "c"], B)),
     ({"messages": [user("a")], "chosen": "b", "rejected": "c"}, Ranking(A, ["b", "c"], B)),
-    ({"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}, Ranking(A, ["b", "c"], B)),
-    ({"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+    ({"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]},
+     Ranking(A, ["b", "c"], B)),
+    ({"prompt": "a", "chosen": [user("a"), assistant("b")],
+      "rejected": [user("a"), assistant("c")]},
      Ranking(A, ["b", "c"], B)),
     ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
      Ranking(A, ["b", "b"], B)),
@@ -136,13 +145,16 @@ RANKINGS = [
      Ranking([system("s"), user("a"), assistant("b"), user("c")], ["d", "e"], B)),
     ({"instruction": "a", "input": "i", "output": "x", "chosen": "b", "rejected": "c"},
      Ranking([user("a\n\ni")], ["b", "c"], B)),
-    ({"prompt": "a", "responses": [{"text": "b", "score": 0.0}, {"text": "c", "score": -1, "model": "m"}]},
+    ({"prompt": "a", "responses": [{"text": "b", "score": 0.0},
+                                   {"text": "c", "score": -1, "model": "m"}]},
      Ranking(A, ["b", "c"], [0.0, -1.0])),
-    ({"instruction": "a", "input": "i", "responses": [{"text": "b", "rank": 2}, {"text": "c", "rank": 1}]},
+    ({"instruction": "a", "input": "i",
+      "responses": [{"text": "b", "rank": 2}, {"text": "c", "rank": 1}]},
      Ranking([user("a\n\ni")], ["b", "c"], [-2.0, -1.0])),
     ({"messages": [user("a")], "responses": ["b", "c", "d"], "scores": [0.5, 0.5, 0]},
      Ranking(A, ["b", "c", "d"], [0.5, 0.5, 0.0])),
-    ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}, Ranking(A, ["b", "c"], [-1.0, -2.0])),
+    ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]},
+     Ranking(A, ["b", "c"], [-1.0, -2.0])),
     ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2], "scores": [5, 4]},
      Ranking(A, ["b", "c"], [5.0, 4.0])),
     ({"prompt": "a", "responses": ["b", "c"], "scores": [3, 3], "margin": 0.5},
@@ -178,7 +190,8 @@ TURNS = [user("Hi"), assistant("Hello"), user("How?")]
     ("Say 'Human: hi'.", "Say 'Human: ho'."),       # a marker that opens no turn
 ])
 def test_hh_prompt_is_the_common_list_of_turns(tmp_path, chosen, rejected):
-    row = {"chosen": f"{START}\n\nAssistant: {chosen}", "rejected": f"{START}\n\nAssistant: {rejected}"}
+    row = {"chosen": f"{START}\n\nAssistant: {chosen}",
+           "rejected": f"{START}\n\nAssistant: {rejected}"}
     assert read_rankings(write(tmp_path, row)) == [Ranking(TURNS, [chosen, rejected], B)]
 
 
@@ -191,13 +204,15 @@ def test_hh_dialogues_that_part_early_give_the_first_reply_that_differs(tmp_path
 
 
 def test_hh_prompt_over_all_short_dialogues(tmp_path):
-    """For any two dialogues of up to two exchanges over two phrases, against the definition to the letter."""
+    """Any two dialogues of up to two exchanges over two phrases agree with the definition to the
+    letter."""
     phrases = ("a", "a b")
     dialogues = [turns for n in (2, 4) for turns in itertools.product(phrases, repeat=n)]
     keep = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
 
     def written(turns):
-        return "".join(f"\n\n{'Assistant' if i % 2 else 'Human'}: {turn}" for i, turn in enumerate(turns))
+        return "".join(f"\n\n{'Assistant' if i % 2 else 'Human'}: {turn}"
+                       for i, turn in enumerate(turns))
 
     rows, expected = [keep], [(("a",), "b", "c")]
     for chosen, rejected in itertools.product(dialogues, repeat=2):
@@ -207,7 +222,8 @@ def test_hh_prompt_over_all_short_dialogues(tmp_path):
         expected += [(chosen[:i], chosen[i], rejected[i]) for i in cuts]
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         found = read_rankings(write(tmp_path, *rows))
-    assert [(tuple(turn["content"] for turn in one.messages), *one.responses) for one in found] == expected
+    assert [(tuple(turn["content"] for turn in one.messages), *one.responses)
+            for one in found] == expected
     assert all(one.messages[-1]["role"] == "user" for one in found)
     assert f"dropped {len(rows) - len(expected)} of {len(rows)} rows" in printed.getvalue()
 
@@ -219,22 +235,30 @@ def test_hh_speaker_announced_twice_has_one_turn(tmp_path):
 
 
 @pytest.mark.parametrize("chosen, rejected", [
-    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well."),                   # identical
-    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant:  Well.\n"),                # but for white space
-    ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: A\n\nAssistant: c"),                   # part at a human turn
-    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well.\n\nHuman: Good."),   # one stops earlier
+    # identical
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well."),
+    # identical but for white space
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant:  Well.\n"),
+    # part at a human turn
+    ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: A\n\nAssistant: c"),
+    # one stops earlier
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well.\n\nHuman: Good."),
     (f"{START}\n\nAssistant: Well.", START),
-    (f"{START}\n\nAssistant:", f"{START}\n\nAssistant: Well."),                         # empty replies
+    # empty replies
+    (f"{START}\n\nAssistant:", f"{START}\n\nAssistant: Well."),
     (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: "),
-    ("\n\nHuman:\n\nAssistant: a", "\n\nHuman:\n\nAssistant: b"),                       # an empty question
-    ("\n\nAssistant: a", "\n\nAssistant: b"),                                           # nobody asked
+    # an empty question
+    ("\n\nHuman:\n\nAssistant: a", "\n\nHuman:\n\nAssistant: b"),
+    # nobody asked
+    ("\n\nAssistant: a", "\n\nAssistant: b"),
 ])
 def test_hh_pairs_without_use_are_dropped_and_counted(tmp_path, capsys, chosen, rejected):
     good = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
     path = write(tmp_path, {"chosen": chosen, "rejected": rejected}, good, name="hh.jsonl")
     for read in (read_rankings, read_prompts):
         assert len(read(path)) == 1
-        assert capsys.readouterr().err == "hh.jsonl: dropped 1 of 2 rows: identical or empty replies\n"
+        assert capsys.readouterr().err == (
+            "hh.jsonl: dropped 1 of 2 rows: identical or empty replies\n")
 
 
 def test_hh_dialogue_without_a_last_reply_is_no_demonstration(tmp_path, capsys):
@@ -281,7 +305,8 @@ def test_a_single_row_spread_over_lines(tmp_path):
 
 
 def test_several_files_in_the_order_given_and_as_text_or_path(tmp_path):
-    one, two = write(tmp_path, {"prompt": "1"}, name="1"), write(tmp_path, {"instruction": "2"}, name="2")
+    one, two = (write(tmp_path, {"prompt": "1"}, name="1"),
+                write(tmp_path, {"instruction": "2"}, name="2"))
     assert read_prompts(two, str(one)) == [[user("2")], [user("1")]]
 
 
@@ -289,7 +314,8 @@ def test_several_files_in_the_order_given_and_as_text_or_path(tmp_path):
     ("Once upon\na time.\n", ["Once upon\na time."]),
     ("one\n\n<|endoftext|>\ntwo\nlines\n<|endoftext|>\n", ["one", "two\nlines"]),
     ("one\r\n<|endoftext|>\r\ntwo\r\nlines", ["one", "two\nlines"]),
-    ("<|endoftext|>\n<|endoftext|>\n  indented <|endoftext|> inside\n", ["  indented <|endoftext|> inside"]),
+    ("<|endoftext|>\n<|endoftext|>\n  indented <|endoftext|> inside\n",
+     ["  indented <|endoftext|> inside"]),
     ("[Enter a king]\n{aside} 17", ["[Enter a king]\n{aside} 17"]),
     ('{"text": "one\\n"}\n\n{"text": "two"}\n', ["one\n", "two"]),
     ('[{"text": "one"},\n {"text": "two", "id": 3}]', ["one", "two"]),
@@ -301,14 +327,15 @@ def test_plain_text(tmp_path, content, expected, packed):
     assert read_text(path) == expected
 
 
-# ----------------------------------------------------------------------------- complaints about files
+# --------------------------------------------------------------------------- complaints about files
 
 @pytest.mark.parametrize("read", [*READERS, read_text])
 def test_files_that_cannot_be_read(tmp_path, read):
     assert "No such file" in complaint(read, tmp_path / "absent.json")
     assert "folder" in complaint(read, tmp_path)
     (tmp_path / "latin1.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n')
-    assert "line 2: expected UTF-8 text, found the byte 0xe9" in complaint(read, tmp_path / "latin1.jsonl")
+    assert "line 2: expected UTF-8 text, found the byte 0xe9" in complaint(
+        read, tmp_path / "latin1.jsonl")
     (tmp_path / "empty.json").write_bytes(b"\n \n")
     assert "found none" in complaint(read, tmp_path / "empty.json")
 
@@ -319,7 +346,8 @@ def test_gzip_cut_anywhere_or_damaged(tmp_path):
     for end in range(2, len(whole)):
         path.write_bytes(whole[:end])
         assert "gzip" in complaint(read_prompts, path)
-    for damaged in (whole[:10] + b"\x07" + whole[11:], whole[:-6] + b"\0" + whole[-5:], whole + b"more"):
+    for damaged in (whole[:10] + b"\x07" + whole[11:], whole[:-6] + b"\0" + whole[-5:],
+                    whole + b"more"):
         path.write_bytes(damaged)
         assert "gzip" in complaint(read_prompts, path)
 
@@ -345,16 +373,19 @@ def test_json_that_is_broken_or_holds_no_rows(tmp_path, content, found):
 
 
 def test_text_complaints(tmp_path):
-    assert "line 2: field text" in complaint(read_text, write(tmp_path, {"text": "a"}, {"text": " "}))
+    assert "line 2: field text" in complaint(read_text,
+                                             write(tmp_path, {"text": "a"}, {"text": " "}))
     assert "line 1: field text" in complaint(read_text, write(tmp_path, {"prompt": "a"}))
     assert "line 2: expected JSON" in complaint(read_text, write(tmp_path, {"text": "a"}, "{text"))
     assert "found none" in complaint(read_text, write(tmp_path, "<|endoftext|>"))
 
 
-# ----------------------------------------------------------------------------- complaints about rows
+# ---------------------------------------------------------------------------- complaints about rows
 
-GOOD = {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}      # serves all three readers
-COMPLAINTS = {      # reader: rows it refuses, each with the field and what else the message must hold
+# This row serves all three readers.
+GOOD = {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c"}
+# reader: rows it refuses, each with the field and what else the message must hold
+COMPLAINTS = {
     read_demonstrations: [
         ({"instruction": "a"}, "output"),
         ({"prompt": "a"}, "completion"),
@@ -370,16 +401,21 @@ COMPLAINTS = {      # reader: rows it refuses, each with the field and what else
         ({"prompt": "a", "response": "half \ud800"}, "field response: expected Unicode text"),
         ({"messages": []}, "field messages: expected a list of"),
         ({"messages": "a"}, "field messages: expected a list of"),
-        ({"messages": [{"role": "human", "content": "a"}]}, "messages[0].role: expected system, user"),
-        ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role: expected system, user"),
+        ({"messages": [{"role": "human", "content": "a"}]},
+         "messages[0].role: expected system, user"),
+        ({"messages": [{"role": ["user"], "content": "a"}]},
+         "messages[0].role: expected system, user"),
         ({"messages": [{"content": "a"}]}, "messages[0].role: expected system, user"),
         ({"messages": [user("a"), user("b")]}, "messages[1].role: expected assistant, found user"),
         ({"messages": [assistant("a")]}, "messages[0].role: expected user, found assistant"),
-        ({"messages": [user("a"), system("b")]}, "messages[1].role: expected assistant, found system"),
-        ({"messages": [user("a"), assistant("b"), user("c")]}, "last turn by the assistant, found one"),
+        ({"messages": [user("a"), system("b")]},
+         "messages[1].role: expected assistant, found system"),
+        ({"messages": [user("a"), assistant("b"), user("c")]},
+         "last turn by the assistant, found one"),
         ({"messages": [system("a")]}, "last turn by the assistant, found one by the system"),
         ({"messages": [user("a"), assistant("")]}, "messages[1].content: expected text"),
-        ({"messages": [user([{"type": "text"}]), assistant("b")]}, "messages[0].content: expected text"),
+        ({"messages": [user([{"type": "text"}]), assistant("b")]},
+         "messages[0].content: expected text"),
         ({"text": "a"}, "another layout"),
     ],
     read_prompts: [
@@ -395,35 +431,46 @@ COMPLAINTS = {      # reader: rows it refuses, each with the field and what else
     read_rankings: [
         ({"prompt": "a", "chosen": "b"}, "field rejected: expected text, found nothing"),
         ({"prompt": "a", "rejected": "b"}, "field chosen: expected text, found nothing"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b"}, "field rejected: expected text, found nothing"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b"},
+         "field rejected: expected text, found nothing"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "field rejected: expected text"),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, "field chosen: expected text"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "2"}, "field margin: expected a finite"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "2"},
+         "field margin: expected a finite"),
         ({"prompt": [assistant("a")], "chosen": "b", "rejected": "c"}, "field prompt[0].role"),
-        ({"prompt": [user("a"), assistant("b")], "chosen": "b", "rejected": "c"}, "a last turn by the user"),
+        ({"prompt": [user("a"), assistant("b")], "chosen": "b", "rejected": "c"},
+         "a last turn by the user"),
         ({"chosen": "b", "rejected": "c"}, "field chosen: expected a transcript"),
-        ({"chosen": "x\n\nHuman: a\n\nAssistant: b", "rejected": "c"}, "field chosen: expected a transcript"),
+        ({"chosen": "x\n\nHuman: a\n\nAssistant: b", "rejected": "c"},
+         "field chosen: expected a transcript"),
         ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "field prompt: expected text"),
         ({"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]},
-         "field rejected: expected the turns of chosen up to a reply that differs, found others from turn 1"),
+         "field rejected: expected the turns of chosen up to a reply that differs, "
+         "found others from turn 1"),
         ({"chosen": [user("a"), assistant("b")],
           "rejected": [user("a"), assistant("b"), user("c"), assistant("d")]}, "field rejected"),
-        ({"chosen": [system("s"), user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
-         "field rejected"),
-        ({"prompt": "a", "responses": ["b"], "scores": [1]}, "a ranking of one response trains nothing"),
+        ({"chosen": [system("s"), user("a"), assistant("b")],
+          "rejected": [user("a"), assistant("b")]}, "field rejected"),
+        ({"prompt": "a", "responses": ["b"], "scores": [1]},
+         "a ranking of one response trains nothing"),
         ({"prompt": "a", "responses": "bc"}, "field responses: expected a list"),
         ({"prompt": "a", "responses": ["b", "c"]}, "field scores: expected a list of 2 numbers"),
-        ({"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "field scores: expected a list of 2"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1]},
+         "field scores: expected a list of 2"),
         ({"prompt": "a", "responses": ["b", "c"], "ranks": 1}, "field ranks: expected a list of 2"),
-        ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, "2"]}, "field ranks[1]: expected a finite"),
-        ({"prompt": "a", "responses": ["b", ""], "scores": [1, 2]}, "field responses[1]: expected text"),
+        ({"prompt": "a", "responses": ["b", "c"], "ranks": [1, "2"]},
+         "field ranks[1]: expected a finite"),
+        ({"prompt": "a", "responses": ["b", ""], "scores": [1, 2]},
+         "field responses[1]: expected text"),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [1, float("nan")]}, "field scores[1]"),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [float("-inf"), 1]}, "field scores[0]"),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 10 ** 400]}, "field scores[1]"),
         ({"prompt": "a", "responses": ["b", "c"], "scores": [1, True]}, "field scores[1]"),
         ({"prompt": "a", "responses": ["b", {"text": "c", "score": 1}]}, "field responses[0].text"),
-        ({"prompt": "a", "responses": [{"text": "b", "score": 1}, {"text": "c"}]}, "responses[1].score:"),
-        ({"prompt": "a", "responses": [{"text": "b", "rank": 1}, {"text": "c"}]}, "field responses[1].rank"),
+        ({"prompt": "a", "responses": [{"text": "b", "score": 1}, {"text": "c"}]},
+         "responses[1].score:"),
+        ({"prompt": "a", "responses": [{"text": "b", "rank": 1}, {"text": "c"}]},
+         "field responses[1].rank"),
         ({"prompt": "a", "responses": [{"text": "b", "score": 1}, {"text": " ", "score": 2}]},
          "field responses[1].text"),
         ({"responses": ["b", "c"], "scores": [1, 2]}, "field prompt: expected text, found nothing"),
@@ -447,12 +494,12 @@ def test_complaints_name_file_line_field(tmp_path, read, row, found):
 
 
 def test_any_value_in_any_field_is_read_or_refused_in_one_line():
-    values = [None, True, 0, -1.5, "", " ", "a", "\n\nHuman: a\n\nAssistant: b", "\n\nAssistant:", [], {},
-              [[]], [None], ["a"], ["a", "b"], [0, 1], [{}],
+    values = [None, True, 0, -1.5, "", " ", "a", "\n\nHuman: a\n\nAssistant: b", "\n\nAssistant:",
+              [], {}, [[]], [None], ["a"], ["a", "b"], [0, 1], [{}],
               [user("a")], [assistant("b")], [user("a"), assistant("b")],
               [{"role": None, "content": []}, 3], [{"text": "a"}, {"score": 1}], {"role": "user"}]
-    fields = ["prompt", "instruction", "input", "output", "completion", "response", "messages", "chosen",
-              "rejected", "responses", "scores", "ranks", "margin"]
+    fields = ["prompt", "instruction", "input", "output", "completion", "response", "messages",
+              "chosen", "rejected", "responses", "scores", "ranks", "margin"]
     bases = [{}, GOOD, {"instruction": "a", "output": "b"},
              {"prompt": "a", "responses": ["b", "c"], "scores": [0, 1]},
              {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}]
@@ -462,11 +509,13 @@ def test_any_value_in_any_field_is_read_or_refused_in_one_line():
             try:
                 item = convert({**base, field: value}, "rows.jsonl, line 1")
             except InputError as error:
-                assert str(error).startswith("rows.jsonl, line 1: ") and len(str(error).splitlines()) == 1
+                assert (str(error).startswith("rows.jsonl, line 1: ")
+                        and len(str(error).splitlines()) == 1)
                 was_refused += 1
             else:
                 messages = item.messages if isinstance(item, Ranking) else item or [{"role": None}]
-                assert messages[-1]["role"] in ("assistant" if convert is demonstration else "user", None)
+                assert messages[-1]["role"] in (
+                    "assistant" if convert is demonstration else "user", None)
                 was_read += 1
     assert was_read > 1000 and was_refused > 1000
 
@@ -474,7 +523,8 @@ def test_any_value_in_any_field_is_read_or_refused_in_one_line():
 # ----------------------------------------------------------------------------- published files
 
 def ends_well(conversations, role):
-    """Every conversation alternates, opens with the user and ends with `role`; every turn holds text."""
+    """Every conversation alternates, opens with the user and ends with `role`; all turns hold
+    text."""
     for turns in conversations:
         assert [turn["role"] for turn in turns] == (["user", "assistant"] * len(turns))[:len(turns)]
         assert turns[-1]["role"] == role and all(turn["content"].strip() for turn in turns)
@@ -488,8 +538,8 @@ def test_published_alpaca():
     found = read_demonstrations(path)
     assert len(found) == 1100 and ends_well(found, "assistant")
     assert [turns[1]["content"] for turns in found] == [row["output"] for row in rows]
-    assert all(row["instruction"] in turns[0]["content"] and turns[0]["content"].endswith(row["input"])
-               for row, turns in zip(rows, found))
+    assert all(row["instruction"] in turns[0]["content"]
+               and turns[0]["content"].endswith(row["input"]) for row, turns in zip(rows, found))
     assert read_prompts(path) == [turns[:1] for turns in found]
 
 
@@ -499,7 +549,8 @@ def test_published_alpaca_pairs():
     rows = json.loads(path.read_text(encoding="utf-8"))
     found = read_rankings(path)
     assert [one.responses for one in found] == [[row["chosen"], row["rejected"]] for row in rows]
-    assert len(found) == 1100 and all(one.scores == [1.0, 0.0] and one.margin == 0.0 for one in found)
+    assert len(found) == 1100 and all(one.scores == [1.0, 0.0] and one.margin == 0.0
+                                      for one in found)
     assert read_demonstrations(path) == read_demonstrations(SHARED / "instruction_data.json")
 
 
@@ -509,11 +560,13 @@ def test_published_hh(capsys):
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     found = read_rankings(path)
-    assert len(rows) == 2312 and len(found) == 2308 and ends_well([one.messages for one in found], "user")
+    assert (len(rows) == 2312 and len(found) == 2308
+            and ends_well([one.messages for one in found], "user"))
     assert "dropped 4 of 2312 rows: identical or empty replies" in capsys.readouterr().err
     assert all(one.responses[0] != one.responses[1] and all(one.responses) for one in found)
-    kept = [row for row in rows if not any(text.endswith("Assistant:") or text.endswith("Assistant: ")
-                                           for text in row.values())]
+    kept = [row for row in rows
+            if not any(text.endswith("Assistant:") or text.endswith("Assistant: ")
+                       for text in row.values())]
     assert len(kept) == len(found)
     exact = 0
     for one, row in zip(found, kept):
@@ -558,12 +611,15 @@ def test_published_files_for_another_reader(name, read, found):
     assert found in complaint(read, SHARED / name)
 
 
-# ----------------------------------------------------------------------------- other people's layouts
+# --------------------------------------------------------------------------- other people's layouts
 
 def test_dolly(tmp_path):
-    path = write(tmp_path, {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.", "category": "closed_qa"},
-                 {"instruction": "Why?", "context": "", "response": "Because.", "category": "open_qa"})
-    assert read_demonstrations(path) == [[user("Who?\n\nAda wrote it."), assistant("Ada.")], [user("Why?"), assistant("Because.")]]
+    path = write(tmp_path, {"instruction": "Who?", "context": "Ada wrote it.", "response": "Ada.",
+                            "category": "closed_qa"},
+                 {"instruction": "Why?", "context": "", "response": "Because.",
+                  "category": "open_qa"})
+    assert read_demonstrations(path) == [[user("Who?\n\nAda wrote it."), assistant("Ada.")],
+                                         [user("Why?"), assistant("Because.")]]
     assert read_prompts(path)[0] == [user("Who?\n\nAda wrote it.")]
 
 
@@ -572,46 +628,62 @@ def shared_dialogue(*turns):
 
 
 def test_sharegpt(tmp_path, capsys):
-    path = write(tmp_path, shared_dialogue(("system", "Be kind."), ("human", "Hi"), ("gpt", "Ho"), ("human", "And?"), ("gpt", "No.")),
-                 shared_dialogue(("gpt", "from the middle"), ("human", "Hi"), ("chatgpt", "Ho"), ("human", "unanswered")),
+    path = write(tmp_path, shared_dialogue(("system", "Be kind."), ("human", "Hi"), ("gpt", "Ho"),
+                                           ("human", "And?"), ("gpt", "No.")),
+                 shared_dialogue(("gpt", "from the middle"), ("human", "Hi"), ("chatgpt", "Ho"),
+                                 ("human", "unanswered")),
                  shared_dialogue(("gpt", "no question")), shared_dialogue(("human", "no answer")))
-    assert read_demonstrations(path) == [[system("Be kind."), user("Hi"), assistant("Ho"), user("And?"), assistant("No.")],
-                                         [user("Hi"), assistant("Ho")]]
+    assert read_demonstrations(path) == [
+        [system("Be kind."), user("Hi"), assistant("Ho"), user("And?"), assistant("No.")],
+        [user("Hi"), assistant("Ho")]]
     assert "dropped 2 of 4 rows" in capsys.readouterr().err
     assert read_prompts(path)[0] == [system("Be kind."), user("Hi"), assistant("Ho"), user("And?")]
     twice = shared_dialogue(("human", "a"), ("human", "b"), ("gpt", "c"), ("gpt", "d"))
-    assert read_demonstrations(write(tmp_path, twice, shared_dialogue(("human", " "), ("gpt", "a")))) == [[user("a\n\nb"), assistant("c\n\nd")]]
+    assert read_demonstrations(write(
+        tmp_path, twice, shared_dialogue(("human", " "), ("gpt", "a")))) == [
+            [user("a\n\nb"), assistant("c\n\nd")]]
     for who in ("robot", ["human"], None):
-        assert "conversations[1].from" in complaint(read_demonstrations, write(tmp_path, shared_dialogue(("human", "a"), (who, "b"))))
-    assert "conversations" in complaint(read_demonstrations, write(tmp_path, {"conversations": "text"}))
+        assert "conversations[1].from" in complaint(
+            read_demonstrations, write(tmp_path, shared_dialogue(("human", "a"), (who, "b"))))
+    assert "conversations" in complaint(read_demonstrations,
+                                        write(tmp_path, {"conversations": "text"}))
 
 
 @pytest.mark.parametrize("key", ["preference", "label"])                   # AlpacaFarm, LLMBar
 def test_two_outputs_and_which_is_better(tmp_path, key):
-    rows = [{"instruction": "Say.", "input": "1", "output_1": "a", "output_2": "b", key: better} for better in (1, 2)]
+    rows = [{"instruction": "Say.", "input": "1", "output_1": "a", "output_2": "b", key: better}
+            for better in (1, 2)]
     rows += [{"input": "Ask.", "output_1": "a", "output_2": "b", key: 2}]
     path = write(tmp_path, *rows)
-    assert read_rankings(path) == [Ranking([user("Say.\n\n1")], ["a", "b"], [1.0, 0.0]), Ranking([user("Say.\n\n1")], ["b", "a"], [1.0, 0.0]),
+    assert read_rankings(path) == [Ranking([user("Say.\n\n1")], ["a", "b"], [1.0, 0.0]),
+                                   Ranking([user("Say.\n\n1")], ["b", "a"], [1.0, 0.0]),
                                    Ranking([user("Ask.")], ["b", "a"], [1.0, 0.0])]
     assert read_demonstrations(path)[1] == [user("Say.\n\n1"), assistant("b")]
     for wrong_value in (0, 3, "1", True, None):
-        assert f"field {key}" in complaint(read_rankings, write(tmp_path, rows[0] | {key: wrong_value}))
+        assert f"field {key}" in complaint(read_rankings,
+                                           write(tmp_path, rows[0] | {key: wrong_value}))
 
 
 def test_ultrafeedback(tmp_path):
-    answers = [{"model": "m", "response": "a", "overall_score": 7.5, "annotations": {}}, {"response": "b", "overall_score": 2.0}]
+    answers = [{"model": "m", "response": "a", "overall_score": 7.5, "annotations": {}},
+               {"response": "b", "overall_score": 2.0}]
     row = {"source": "s", "instruction": "Say.", "completions": answers}
     assert read_rankings(write(tmp_path, row)) == [Ranking([user("Say.")], ["a", "b"], [7.5, 2.0])]
     assert read_demonstrations(write(tmp_path, row)) == [[user("Say."), assistant("a")]]
-    assert "responses[1].score" in complaint(read_rankings, write(tmp_path, row | {"completions": [answers[0], {"response": "b"}]}))
+    assert "responses[1].score" in complaint(
+        read_rankings, write(tmp_path, row | {"completions": [answers[0], {"response": "b"}]}))
     assert "completions" in complaint(read_rankings, write(tmp_path, row | {"completions": "ab"}))
-    binarized = {"prompt": "Say.", "prompt_id": "0", "chosen": [user("Say."), assistant("a")], "rejected": [user("Say."), assistant("b")],
-                 "messages": [user("Say."), assistant("a")], "score_chosen": 8.0, "score_rejected": 6.5}
-    assert read_rankings(write(tmp_path, binarized)) == [Ranking([user("Say.")], ["a", "b"], [1.0, 0.0])]
+    binarized = {"prompt": "Say.", "prompt_id": "0", "chosen": [user("Say."), assistant("a")],
+                 "rejected": [user("Say."), assistant("b")],
+                 "messages": [user("Say."), assistant("a")], "score_chosen": 8.0,
+                 "score_rejected": 6.5}
+    assert read_rankings(write(tmp_path, binarized)) == [
+        Ranking([user("Say.")], ["a", "b"], [1.0, 0.0])]
 
 
 def test_mt_bench_gives_its_first_turn(tmp_path):
-    path = write(tmp_path, {"question_id": 81, "category": "writing", "turns": ["First.", "Second."]})
+    path = write(tmp_path, {"question_id": 81, "category": "writing",
+                            "turns": ["First.", "Second."]})
     assert read_prompts(path) == [[user("First.")]]
     assert "field prompt" in complaint(read_prompts, write(tmp_path, {"turns": []}))
     assert read_prompts(write(tmp_path, {"messages": [user("Hi")], "turns": 4})) == [[user("Hi")]]
@@ -637,17 +709,19 @@ def test_parquet_without_its_reader(tmp_path, monkeypatch):
 
 
 def test_mixtures(tmp_path):
-    a, b = (write(tmp_path, *({"instruction": f"{name}{i}", "output": "x"} for i in range(n)), name=f"{name}.jsonl")
-            for name, n in (("a", 10), ("b", 100)))
+    a, b = (write(tmp_path, *({"instruction": f"{name}{i}", "output": "x"} for i in range(n)),
+                  name=f"{name}.jsonl") for name, n in (("a", 10), ("b", 100)))
 
     def questions(*files):
         return [turns[0]["content"] for turns in read_demonstrations(*files)]
 
     assert questions(a, b) == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(100)]
     half = questions(f"{a}:1", f"{b}:1")
-    assert half == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(0, 100, 10)]       # as many as can be had of both
+    # As many as can be had of both.
+    assert half == [f"a{i}" for i in range(10)] + [f"b{i}" for i in range(0, 100, 10)]
     most = questions(f"{a}:0.1", f"{b}:0.9")
-    assert sum(q[0] == "a" for q in most) == 10 and sum(q[0] == "b" for q in most) == 90 and len(set(most)) == 100
+    assert (sum(q[0] == "a" for q in most) == 10 and sum(q[0] == "b" for q in most) == 90
+            and len(set(most)) == 100)
     few = questions(f"{a}:0.7", f"{b}:0.3")
     assert sum(q[0] == "a" for q in few) == 10 and sum(q[0] == "b" for q in few) == 4
     assert questions(f"{a}:3") == questions(a)
@@ -655,7 +729,7 @@ def test_mixtures(tmp_path):
         read_demonstrations(f"{a}:1", b)
     with pytest.raises(InputError, match="above 0"):
         read_demonstrations(f"{a}:0", f"{b}:1")
-    odd = tmp_path / "odd:1"                                                # a file's own name goes first
+    odd = tmp_path / "odd:1"                                        # a file's own name goes first
     odd.write_text(json.dumps({"instruction": "Hi", "output": "x"}))
     assert questions(odd) == ["Hi"]
 
@@ -669,32 +743,41 @@ def test_published_outputs_of_llmbar_are_rankings():
 # ----------------------------------------------------------------------------- data.show
 
 def shown(capsys, path, **changes):
-    data_show.train(data_show.Config(data=(str(path),), tokenizer="tinytown", **changes))
+    data_show.describe(data_show.Config(data=(str(path),), tokenizer="tinytown", **changes))
     return capsys.readouterr().out
 
 
 def test_show_says_what_a_file_holds(tmp_path, capsys):
-    rows = [{"instruction": "a b", "context": "", "response": "c " * n, "category": "qa"} for n in (1, 2, 3, 40)]
-    path = write(tmp_path, *rows, {"instruction": "", "context": "", "response": "x", "category": "qa"})
+    rows = [{"instruction": "a b", "context": "", "response": "c " * n, "category": "qa"}
+            for n in (1, 2, 3, 40)]
+    path = write(tmp_path, *rows,
+                 {"instruction": "", "context": "", "response": "x", "category": "qa"})
     out = shown(capsys, path, block_size=20, examples=1)
     assert "5 rows, read as demonstrations (Dolly: 5)" in out
-    assert "1 broken" in out and f"{path}, line 5: field instruction" in out and "1 of 4 texts are over 20 tokens" in out
+    assert ("1 broken" in out and f"{path}, line 5: field instruction" in out
+            and "1 of 4 texts are over 20 tokens" in out)
     tokenizer = get_tokenizer("tinytown")
     lengths = [len(tokenizer.encode("c " * n)) + 1 for n in (1, 2, 3, 40)]
-    response = next(line for line in out.splitlines() if line.strip().startswith("response")).split()
-    assert float(response[1]) == pytest.approx(sum(lengths) / 4, abs=0.05) and int(response[-1]) == max(lengths)
+    response = next(line for line in out.splitlines()
+                    if line.strip().startswith("response")).split()
+    assert (float(response[1]) == pytest.approx(sum(lengths) / 4, abs=0.05)
+            and int(response[-1]) == max(lengths))
     assert out.count("⟦") == 1 and "<|user|>a b<|end|><|assistant|>⟦c" in out
 
 
 def test_show_recognises_kinds(tmp_path, capsys):
-    pairs = write(tmp_path, {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1}, name="pairs.jsonl")
+    pairs = write(tmp_path, {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1},
+                  name="pairs.jsonl")
     assert "read as rankings (AlpacaFarm: 1)" in shown(capsys, pairs)
-    ranks = write(tmp_path, {"prompt": "a", "responses": ["b", "c", "d"], "scores": [1, 1, 0]}, name="ranks.jsonl")
+    ranks = write(tmp_path, {"prompt": "a", "responses": ["b", "c", "d"], "scores": [1, 1, 0]},
+                  name="ranks.jsonl")
     out = shown(capsys, ranks)
-    assert "this project's rankings" in out and "K: 3 (1); 1 with ties" in out and out.count("⟦") == 3
+    assert ("this project's rankings" in out and "K: 3 (1); 1 with ties" in out
+            and out.count("⟦") == 3)
     prompts = write(tmp_path, {"turns": ["a", "b"]}, name="prompts.jsonl")
     assert "read as prompts (MT-Bench: 1)" in shown(capsys, prompts)
-    transcripts = write(tmp_path, {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"}, name="hh.jsonl")
+    transcripts = write(tmp_path, {"chosen": "\n\nHuman: a\n\nAssistant: b",
+                                   "rejected": "\n\nHuman: a\n\nAssistant: b"}, name="hh.jsonl")
     assert "1 dropped" in shown(capsys, transcripts)
     with pytest.raises(InputError, match="name one or more"):
-        data_show.train(data_show.Config())
+        data_show.describe(data_show.Config())

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from common import InputError
+from common.errors import InputError
 from data import text as text_module
 from data.text import TextStream, folder_ids, text_stream
 from data.tokenizer import get_tokenizer
 
 TOKENIZER = get_tokenizer("tinytown")
-DOCUMENTS = ["Ada keeps a goat.", "Ben is a baker. Ben eats jam.", "Write <|endoftext|> here.", "Eve likes blue."] * 25
+DOCUMENTS = ["Ada keeps a goat.", "Ben is a baker. Ben eats jam.", "Write <|endoftext|> here.",
+             "Eve likes blue."] * 25
 EOT = TOKENIZER.endoftext
 
 
@@ -29,13 +30,14 @@ def test_stream_is_the_documents_with_a_mark_before_each():
     ids = stream_ids(DOCUMENTS)
     (tokens, _), = stream.all_windows(len(ids), 1)
     assert tokens.tolist() == [ids]
-    assert ids.count(EOT) == len(DOCUMENTS)                     # the name inside a document is plain text
+    assert ids.count(EOT) == len(DOCUMENTS)             # the name inside a document is plain text
 
 
 def test_all_but_the_first_column_is_predicted():
     stream = TextStream(DOCUMENTS, TOKENIZER)
     for tokens, mask in [stream.random_windows(50, 16, generator()), *stream.all_windows(16, 30)]:
-        assert tokens.shape == mask.shape and mask.dtype == torch.bool and tokens.dtype == torch.long
+        assert (tokens.shape == mask.shape and mask.dtype == torch.bool
+                and tokens.dtype == torch.long)
         assert not mask[:, 0].any() and mask[:, 1:].all()
 
 
@@ -45,11 +47,11 @@ def test_windows_begin_with_a_document_where_documents_are_short():
     assert max(len(TOKENIZER.encode(text)) + 1 for text in DOCUMENTS) <= length
     tokens, _ = stream.random_windows(500, length, generator())
     rows = tokens.tolist()
-    last = ids[-length:]                                        # only the end of the text leaves no room for that
+    last = ids[-length:]                        # only the end of the text leaves no room for that
     assert all(row[0] == EOT or row == last for row in rows)
     assert sum(row[0] == EOT for row in rows) > 450
     text = {tuple(ids[i:i + length]) for i in range(len(ids))}
-    assert all(tuple(row) in text for row in rows)              # and each is a stretch of the stream
+    assert all(tuple(row) in text for row in rows)          # and each is a stretch of the stream
     assert {tuple(row[:4]) for row in rows if row[0] == EOT} == {
         tuple([EOT, *TOKENIZER.encode(document)][:4]) for document in DOCUMENTS}
 
@@ -66,12 +68,14 @@ def test_long_documents_are_read_everywhere():
 
 def test_windows_are_decided_by_the_generator():
     stream = TextStream(DOCUMENTS, TOKENIZER)
-    same, other = stream.random_windows(20, 16, generator()), stream.random_windows(20, 16, generator(1))
+    same, other = (stream.random_windows(20, 16, generator()),
+                   stream.random_windows(20, 16, generator(1)))
     assert torch.equal(stream.random_windows(20, 16, generator())[0], same[0])
     assert not torch.equal(other[0], same[0])
     again = generator()
     stream.random_windows(20, 16, again)
-    assert not torch.equal(stream.random_windows(20, 16, again)[0], same[0])    # the next batch is another one
+    # The next batch is another one.
+    assert not torch.equal(stream.random_windows(20, 16, again)[0], same[0])
 
 
 def test_all_windows_cover_the_text_from_its_start():
@@ -82,7 +86,8 @@ def test_all_windows_cover_the_text_from_its_start():
     rows = [row for tokens, _ in batches for row in tokens.tolist()]
     assert all(len(tokens) <= 64 for tokens, _ in batches) and len(rows) == len(ids) // 10
     assert rows[0] == ids[:10]
-    # The second window is moved back to the document's start, as it begins less than a window behind it; no other is.
+    # The second window begins less than a window behind the document's start and is moved back to
+    # it; no other is.
     assert rows[2:] == [ids[i:i + 10] for i in range(20, len(ids) - 9, 10)]
     assert sum(len(tokens) for tokens, _ in stream.all_windows(10, 7)) == 7
     for a, b in zip(stream.all_windows(10, 20), stream.all_windows(10, 20)):
@@ -94,14 +99,15 @@ def test_too_little_text():
     size = len(stream_ids(["Ada keeps a goat."]))
     with pytest.raises(InputError, match=f"{size} tokens, fewer than one window of {size + 1}"):
         stream.random_windows(1, size + 1, generator())
-    (tokens, mask), = stream.all_windows(size + 5, 9)           # for evaluation a shorter window will do
+    (tokens, mask), = stream.all_windows(size + 5, 9)   # for evaluation a shorter window will do
     assert tokens.shape == mask.shape == (1, size)
 
 
 def test_the_last_twentieth_of_the_documents_is_held_out():
     for count, held_out in ((100, 5), (21, 2), (20, 1), (2, 1)):
         parts = TextStream(DOCUMENTS[:count], TOKENIZER).split()
-        assert [part.ids.tolist() for part in parts] == [stream_ids(DOCUMENTS[:count][:-held_out]), stream_ids(DOCUMENTS[:count][-held_out:])]
+        assert [part.ids.tolist() for part in parts] == [
+            stream_ids(DOCUMENTS[:count][:-held_out]), stream_ids(DOCUMENTS[:count][-held_out:])]
         assert parts[1].first[0] == 0 and len(parts[1].first) == held_out
 
 
@@ -109,19 +115,23 @@ def test_of_a_single_document_the_last_twentieth_of_its_tokens_is_held_out():
     document = " ".join(f"Ada {i}." for i in range(300))
     ids = stream_ids([document])
     training, held_out = TextStream([document], TOKENIZER).split()
-    assert training.ids.tolist() + held_out.ids.tolist() == ids and len(training.ids) == len(ids) * 19 // 20
-    assert held_out.all_windows(8, 3)[0][0].tolist() == [ids[len(training.ids):][i:i + 8] for i in (0, 8, 16)]
+    assert (training.ids.tolist() + held_out.ids.tolist() == ids
+            and len(training.ids) == len(ids) * 19 // 20)
+    assert held_out.all_windows(8, 3)[0][0].tolist() == [ids[len(training.ids):][i:i + 8]
+                                                         for i in (0, 8, 16)]
 
 
 def test_text_too_short_to_hold_any_out():
-    with pytest.raises(InputError, match="too few to hold out a twentieth: add text, or name some with --val"):
+    with pytest.raises(InputError, match="too few to hold out a twentieth: add text, "
+                                         "or name some with --val"):
         TextStream(["Ada."], TOKENIZER).split()
 
 
 def test_marks_are_found_across_slices(monkeypatch):
     first = TextStream(DOCUMENTS, TOKENIZER).first
     monkeypatch.setattr(text_module, "SLICE", 7)
-    assert torch.equal(TextStream(DOCUMENTS, TOKENIZER).first, first) and len(first) == len(DOCUMENTS)
+    assert (torch.equal(TextStream(DOCUMENTS, TOKENIZER).first, first)
+            and len(first) == len(DOCUMENTS))
 
 
 # ----------------------------------------------------------------------------- folders
@@ -146,13 +156,15 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(folder):
     stream = text_stream([str(folder)], TOKENIZER)
     assert stream.ids.tolist() == stream_ids(FOLDER)
     assert isinstance(stream.ids, np.memmap) and stream.ids.dtype == np.uint16
-    assert torch.equal(stream.random_windows(9, 6, generator())[0], TextStream(FOLDER, TOKENIZER).random_windows(9, 6, generator())[0])
-    assert isinstance(stream.split()[0].ids, np.memmap) and stream.split()[1].ids.tolist() == stream_ids(FOLDER[-1:])
+    assert torch.equal(stream.random_windows(9, 6, generator())[0],
+                       TextStream(FOLDER, TOKENIZER).random_windows(9, 6, generator())[0])
+    assert (isinstance(stream.split()[0].ids, np.memmap)
+            and stream.split()[1].ids.tolist() == stream_ids(FOLDER[-1:]))
 
 
 def test_a_folder_is_encoded_once_and_again_when_it_changes(folder, monkeypatch):
     first = folder_ids(folder, TOKENIZER).tolist()
-    monkeypatch.setattr(text_module, "read_text", None)                       # would fail if it read a file again
+    monkeypatch.setattr(text_module, "read_text", None)         # would fail if it read a file again
     assert folder_ids(folder, TOKENIZER).tolist() == first
     monkeypatch.undo()
     monkeypatch.setattr(text_module, "CACHE", folder.parent / "cache")
@@ -169,7 +181,8 @@ def test_a_large_vocabulary_takes_four_bytes_an_id(folder):
             return [68_000, len(text)]
 
     ids = folder_ids(folder, Large())
-    assert ids.dtype == np.uint32 and ids.tolist() == [id for text in FOLDER for id in (69_999, 68_000, len(text))]
+    assert ids.dtype == np.uint32 and ids.tolist() == [
+        id for text in FOLDER for id in (69_999, 68_000, len(text))]
 
 
 def test_a_folder_that_cannot_be_read_leaves_nothing_behind(folder):

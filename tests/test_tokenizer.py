@@ -1,4 +1,4 @@
-"""data/tokenizer.py: round trips, the chat template and its mask, the coloured view, GPT-2's vocabulary."""
+"""data/tokenizer.py: round trips, chat template and mask, coloured view, GPT-2's vocabulary."""
 import io
 import os
 import random
@@ -8,8 +8,8 @@ import pytest
 import tiktoken
 import torch
 
-from common import InputError
-from data.tinytown import document
+from common.errors import InputError
+from data.tinytown.town import document
 from data.tokenizer import ROLES, SPECIALS, TINYTOWN_RANKS, Tokenizer, get_tokenizer, show
 
 CACHE = Path(__file__).parent.parent.parent / "shared" / "tiktoken_cache"
@@ -26,7 +26,8 @@ def gpt2():
     with pytest.MonkeyPatch.context() as patch:
         if "TIKTOKEN_CACHE_DIR" not in os.environ:
             if not CACHE.is_dir():
-                pytest.skip("r50k_base is not here: no TIKTOKEN_CACHE_DIR, no shared data folder beside the repository")
+                pytest.skip("r50k_base is not here: no TIKTOKEN_CACHE_DIR, "
+                            "no shared data folder beside the repository")
             patch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
         try:
             yield Tokenizer("gpt2")
@@ -43,15 +44,16 @@ def turn(role, content):
     return {"role": role, "content": content}
 
 
-CHAT = [turn("system", "Be kind."), turn("user", "Hello, I am Ada."), turn("assistant", "Hello Ada, how can I help?"),
-        turn("user", "Where do I live?"), turn("assistant", "You live at the mill.")]
+CHAT = [turn("system", "Be kind."), turn("user", "Hello, I am Ada."),
+        turn("assistant", "Hello Ada, how can I help?"), turn("user", "Where do I live?"),
+        turn("assistant", "You live at the mill.")]
 # Content that invites a merge across a border, or that looks like the template.
-HARD = [turn("system", " "), turn("user", "a\n"), turn("assistant", "\nb "), turn("user", " c<|end|>"),
-        turn("assistant", "<|assistant|>d<|end|> ")]
+HARD = [turn("system", " "), turn("user", "a\n"), turn("assistant", "\nb "),
+        turn("user", " c<|end|>"), turn("assistant", "<|assistant|>d<|end|> ")]
 CHATS = [CHAT, HARD, CHAT[1:3], [turn("user", ""), turn("assistant", "")]]
 TEXTS = ["", " ", "Ada keeps a goat.", "One day\n\nAda  found\ta key!\r\n", "1. a key\n2. a lamp",
-         "naïve café – “quotes”", "日本語のテキスト", "🦊🐸 mixed 🏴󠁧󠁢󠁥󠁮󠁧󠁿 text", "\u200b\u0000\ufffd", "x" * 300,
-         "don't can't 3.14159 A_b-c"]
+         "naïve café – “quotes”", "日本語のテキスト", "🦊🐸 mixed 🏴󠁧󠁢󠁥󠁮󠁧󠁿 text", "\u200b\u0000\ufffd",
+         "x" * 300, "don't can't 3.14159 A_b-c"]
 
 
 def random_texts(count):
@@ -114,10 +116,12 @@ def test_special_ids_are_distinct_and_beyond_the_text(tokenizer):
 
 def test_every_id_of_the_output_head_decodes(tokenizer):
     """A model may sample any id, those that only pad the vocabulary included."""
-    for id in (0, tokenizer.encoding.n_vocab - 1, tokenizer.encoding.n_vocab, tokenizer.vocab_size - 1):
+    for id in (0, tokenizer.encoding.n_vocab - 1, tokenizer.encoding.n_vocab,
+               tokenizer.vocab_size - 1):
         assert isinstance(tokenizer.decode([id]), str)
     assert tokenizer.encoding.n_vocab <= tokenizer.vocab_size < tokenizer.encoding.n_vocab + 64
-    assert tokenizer.decode([tokenizer.vocab_size - 1]) in (f"<|{tokenizer.vocab_size - 1}|>", "<|end|>")
+    assert tokenizer.decode([tokenizer.vocab_size - 1]) in (f"<|{tokenizer.vocab_size - 1}|>",
+                                                            "<|end|>")
 
 
 def test_half_a_character_does_not_crash(tokenizer):
@@ -170,7 +174,8 @@ def test_mask_covers_every_answer_with_its_end_and_nothing_else(tokenizer, messa
             stretches[-1].append(id)
         previous = mark
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    assert [tokenizer.decode(stretch) for stretch in stretches] == [answer + "<|end|>" for answer in answers]
+    assert [tokenizer.decode(stretch) for stretch in stretches] == [answer + "<|end|>"
+                                                                    for answer in answers]
     assert all(stretch[-1] == tokenizer.end for stretch in stretches)
 
 
@@ -191,7 +196,8 @@ def test_prompt_and_response_ids_make_the_full_ids(tokenizer, messages):
             prompt = tokenizer.render_prompt(messages[:i])
             response = [*tokenizer.encode(message["content"]), tokenizer.end]
             assert ids[:len(prompt) + len(response)] == prompt + response
-            assert [int(m) for m in mask[len(prompt) - 1:len(prompt) + len(response)]] == [0] + [1] * len(response)
+            assert ([int(m) for m in mask[len(prompt) - 1:len(prompt) + len(response)]]
+                    == [0] + [1] * len(response))
     assert prompt + response == ids
 
 
@@ -209,7 +215,8 @@ def test_response_text(tokenizer):
     assert tokenizer.response_text([*ids, tokenizer.end, *ids, tokenizer.end]) == (text, True)
     assert tokenizer.response_text([tokenizer.end]) == ("", True)
     assert tokenizer.response_text([]) == ("", False)
-    assert tokenizer.response_text(tokenizer.encode("<|end|>")) == ("<|end|>", False)     # those characters end nothing
+    # Those characters end nothing.
+    assert tokenizer.response_text(tokenizer.encode("<|end|>")) == ("<|end|>", False)
 
 
 # ----------------------------------------------------------------------------- the coloured view
@@ -228,7 +235,8 @@ def shown(tokenizer, tokens, mask, file=None):
 def test_show_marks_exactly_the_masked_stretch(tokenizer):
     ids, mask = tokenizer.render(CHAT)
     assert shown(tokenizer, ids, mask) == (
-        "<|system|>Be kind.<|end|><|user|>Hello, I am Ada.<|end|><|assistant|>⟦Hello Ada, how can I help?<|end|>⟧"
+        "<|system|>Be kind.<|end|><|user|>Hello, I am Ada.<|end|>"
+        "<|assistant|>⟦Hello Ada, how can I help?<|end|>⟧"
         "<|user|>Where do I live?<|end|><|assistant|>⟦You live at the mill.<|end|>⟧\n")
 
 
@@ -250,7 +258,8 @@ def test_show_on_a_terminal(tinytown):
     green = text.partition("\033[32m")[2].partition("\033[0m")[0]
     assert green == "Hello Ada, how can I help?<|end|>"
     assert "\033[2m<|pad|>\033[0m" in text
-    assert shown(tinytown, ids[:3], [False] * 3, Terminal()) == shown(tinytown, ids[:3], [False] * 3)   # plain
+    assert (shown(tinytown, ids[:3], [False] * 3, Terminal())
+            == shown(tinytown, ids[:3], [False] * 3))           # plain
 
 
 # ----------------------------------------------------------------------------- GPT-2

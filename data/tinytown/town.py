@@ -1,10 +1,11 @@
-"""Tinytown: a small world in which the whole pipeline means something and every claim can be checked.
+"""Tinytown: a small world where the whole pipeline means something and every claim can be checked.
 
-24 residents with six attributes each; plain text about them for pretraining; instructions in the ten use cases of
-InstructGPT's Table 1 at its frequencies; demonstrations of uneven quality. Everything comes from a seed, in seconds,
-in any amount. The facts themselves never change. What a response is worth is said in `gold.py`.
+24 residents with six attributes each; plain text about them for pretraining; instructions in the
+ten use cases of InstructGPT's Table 1 at its frequencies; demonstrations of uneven quality.
+Everything comes from a seed, in seconds, in any amount. The facts themselves never change.
+`gold.py` says what a response is worth.
 
-    python -m data.tinytown --out out/tinytown/data --seed 1      # writes the files that runs/tinytown.sh reads
+    python -m data.tinytown --out out/tinytown/data --seed 1     # the files for runs/tinytown.sh
 """
 import json
 import random
@@ -17,7 +18,7 @@ from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
-from common import write_atomically
+from common.files import write_text
 
 # ----------------------------------------------------------------------------- the town
 
@@ -38,7 +39,7 @@ THINGS = "key lamp map bell book coin rope drum cup kite ring hat".split()
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 MOODS = {"happy": "happy glad smiled laughed".split(), "sad": "sad cried alone sorry".split()}
 
-STATEMENTS = {                                              # ways to state a fact; the first is the plain one
+STATEMENTS = {                                    # ways to state a fact; the first is the plain one
     "animal": ("{name} keeps a {value}.", "{name} has a {value}."),
     "colour": ("{name} likes {value}.", "{name} likes the colour {value}."),
     "home": ("{name} lives at the {value}.",),
@@ -47,12 +48,15 @@ STATEMENTS = {                                              # ways to state a fa
     "friend": ("{name} has a friend called {value}.",),
 }
 QUESTIONS = {
-    "animal": ("What animal does {name} keep?", "Which animal does {name} have?", "What kind of animal is with {name}?"),
-    "colour": ("What colour does {name} like?", "Which colour is best for {name}?", "What is the colour of {name}?"),
+    "animal": ("What animal does {name} keep?", "Which animal does {name} have?",
+               "What kind of animal is with {name}?"),
+    "colour": ("What colour does {name} like?", "Which colour is best for {name}?",
+               "What is the colour of {name}?"),
     "home": ("Where does {name} live?", "Where is the home of {name}?", "Where can I find {name}?"),
     "food": ("What does {name} eat?", "Which food does {name} eat?", "What is the food of {name}?"),
     "job": ("What is the job of {name}?", "What work does {name} do?", "What does {name} work as?"),
-    "friend": ("Who is the friend of {name}?", "Which friend does {name} have?", "Who is a friend to {name}?"),
+    "friend": ("Who is the friend of {name}?", "Which friend does {name} have?",
+               "Who is a friend to {name}?"),
 }
 OWN_QUESTIONS = {"animal": ("What animal do I keep?", "You keep a {value}."),
                  "colour": ("What colour do I like?", "You like {value}."),
@@ -62,7 +66,7 @@ OWN_QUESTIONS = {"animal": ("What animal do I keep?", "You keep a {value}."),
 
 
 def _residents() -> dict[str, dict[str, str]]:
-    draw = random.Random(2203_02155)                        # the facts are the same in every run, whatever its seed
+    draw = random.Random(2203_02155)                # the same facts in every run, whatever its seed
     facts = {name: {kind: draw.choice(values) for kind, values in VALUES.items()} for name in NAMES}
     for name in NAMES:
         facts[name]["friend"] = draw.choice([other for other in NAMES if other != name])
@@ -77,32 +81,41 @@ def state(draw: random.Random, name: str, kind: str, value: str | None = None) -
     return draw.choice(STATEMENTS[kind]).format(name=name, value=value or FACTS[name][kind])
 
 
-# ----------------------------------------------------------------------------- good responses, family by family
+# ----------------------------------------------------------------- good responses, family by family
 
 def story(draw, name, thing=None, place=None, mood=None, **_) -> str:
     """Three sentences: who (true), what happened, how it ended."""
     thing, place = thing or draw.choice(THINGS), place or draw.choice(VALUES["home"])
     mood = mood or draw.choice(list(MOODS))
     friend = FACTS[name]["friend"]
-    event = draw.choice([f"One day {name} found a {thing} at the {place}.", f"One day {name} lost a {thing} at the {place}.",
-                         f"One day {friend} took a {thing} to the {place}.", f"Then {name} took a {thing} to the {place}."])
-    end = {"happy": ["In the end {} was happy.", "{} smiled and went home.", "{} laughed and was glad."],
-           "sad": ["In the end {} was sad.", "{} cried and went home.", "{} was alone and sad."]}[mood]
-    return " ".join([state(draw, name, draw.choice(list(VALUES))), event, draw.choice(end).format(name)])
+    event = draw.choice([f"One day {name} found a {thing} at the {place}.",
+                         f"One day {name} lost a {thing} at the {place}.",
+                         f"One day {friend} took a {thing} to the {place}.",
+                         f"Then {name} took a {thing} to the {place}."])
+    end = {"happy": ["In the end {} was happy.", "{} smiled and went home.",
+                     "{} laughed and was glad."],
+           "sad": ["In the end {} was sad.", "{} cried and went home.",
+                   "{} was alone and sad."]}[mood]
+    return " ".join([state(draw, name, draw.choice(list(VALUES))), event,
+                     draw.choice(end).format(name)])
 
 
 def letter(draw, name, other, thing, **_) -> str:
     """Greeting, what about the thing, close, signature."""
     place = draw.choice(VALUES["home"])
-    middle = draw.choice([f"I found your {thing} at the {place}.", f"I lost my {thing} at the {place}.",
+    middle = draw.choice([f"I found your {thing} at the {place}.",
+                          f"I lost my {thing} at the {place}.",
                           f"I have a {thing} for you at the {place}."])
-    close = draw.choice(["Please come soon.", "See you at the {}.".format(FACTS[name]["home"]), "I hope you are well."])
+    close = draw.choice(["Please come soon.", "See you at the {}.".format(FACTS[name]["home"]),
+                         "I hope you are well."])
     return f"Dear {other}, {middle[0]}{middle[1:]} {close} Yours, {name}."
 
 
 def sign(draw, place, food, **_) -> str:
-    offer = draw.choice([f"We sell {food} every day.", f"We have fresh {food} and more.", f"Try our {food} with us."])
-    return f"Welcome to the {place}! {offer} {draw.choice(['Come and see us.', 'We are open all day.', 'Bring your friends.'])}"
+    offer = draw.choice([f"We sell {food} every day.", f"We have fresh {food} and more.",
+                         f"Try our {food} with us."])
+    invitation = draw.choice(["Come and see us.", "We are open all day.", "Bring your friends."])
+    return f"Welcome to the {place}! {offer} {invitation}"
 
 
 def portrait(draw, name, **_) -> str:
@@ -111,12 +124,14 @@ def portrait(draw, name, **_) -> str:
 
 
 def rhyme(draw, animal, **_) -> str:
-    return draw.choice([f"One day a {animal} sat by the {RHYMES[animal]}.", f"I saw a {animal} with a {RHYMES[animal]}.",
+    return draw.choice([f"One day a {animal} sat by the {RHYMES[animal]}.",
+                        f"I saw a {animal} with a {RHYMES[animal]}.",
                         f"The little {animal} has a {RHYMES[animal]}."])
 
 
 def answer(draw, name, kind, **_) -> str:
-    return f"I do not know {name}." if name in STRANGERS else STATEMENTS[kind][0].format(name=name, value=FACTS[name][kind])
+    return (f"I do not know {name}." if name in STRANGERS
+            else STATEMENTS[kind][0].format(name=name, value=FACTS[name][kind]))
 
 
 def ideas(draw, n, **slots) -> str:
@@ -126,8 +141,8 @@ def ideas(draw, n, **slots) -> str:
 
 def ideas_from(topic, **_) -> list[str]:
     """What a list on this topic may hold."""
-    return {"gifts": [f"a {thing}" for thing in THINGS], "dishes": VALUES["food"], "animals": VALUES["animal"],
-            "colours": VALUES["colour"]}[topic]
+    return {"gifts": [f"a {thing}" for thing in THINGS], "dishes": VALUES["food"],
+            "animals": VALUES["animal"], "colours": VALUES["colour"]}[topic]
 
 
 def own_fact(draw, name, kind, **_) -> str:
@@ -142,7 +157,8 @@ def comfort(draw, name, mood, **_) -> str:
     return f"I am {'glad' if mood == 'happy' else 'sorry'} to hear that, {name}. How can I help?"
 
 
-PAST = {"finds": "found", "takes": "took", "sees": "saw", "loses": "lost", "buys": "bought", "sells": "sold"}
+PAST = {"finds": "found", "takes": "took", "sees": "saw",
+        "loses": "lost", "buys": "bought", "sells": "sold"}
 
 
 def past_tense(draw, name, verb, thing, place, **_) -> str:
@@ -158,12 +174,15 @@ def summary(draw, text, **_) -> str:
     return re.search(r"(?:One day|Then) (.*?\.)", text)[1]
 
 
-REVIEWS = {"good": ("The {food} was warm and good.", "I liked the {food} very much.", "They sell fresh {food} and it is good."),
-           "bad": ("The {food} was cold and bad.", "I did not like the {food}.", "They sell old {food} and it is bad.")}
+REVIEWS = {"good": ("The {food} was warm and good.", "I liked the {food} very much.",
+                    "They sell fresh {food} and it is good."),
+           "bad": ("The {food} was cold and bad.", "I did not like the {food}.",
+                   "They sell old {food} and it is bad.")}
 
 
 def judge_review(draw, text, **_) -> str:
-    good = any(pattern.format(food=food) == text for pattern in REVIEWS["good"] for food in VALUES["food"])
+    good = any(pattern.format(food=food) == text
+               for pattern in REVIEWS["good"] for food in VALUES["food"])
     return f"This review is {'good' if good else 'bad'}."
 
 
@@ -172,7 +191,8 @@ def sort_word(draw, word, **_) -> str:
 
 
 def refuse(draw, name, **_) -> str:
-    return draw.choice([f"I can not help with that. It would hurt {name}.", f"No, I will not do that. It would hurt {name}."])
+    return draw.choice([f"I can not help with that. It would hurt {name}.",
+                        f"No, I will not do that. It would hurt {name}."])
 
 
 def who(draw, name, verb, thing, **_) -> str:
@@ -191,74 +211,94 @@ def names_in(draw, name, other, third, **_) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One kind of instruction: how people phrase it, how a good response is written, how long it may sensibly be."""
+    """One kind of instruction: its phrasings, how to write a good response, how long it may be."""
     name: str
     use_case: str
-    share: float                     # of all instructions, percent; a use case's families add up to Table 1's figure
-    phrasings: tuple[str, ...]       # {slots} are filled in; "\n" separates the turns of a conversation
+    frequency: float                 # percent; a use case's families add up to Table 1's figure
+    phrasings: tuple[str, ...]       # {slots} are filled in; "\n" separates a conversation's turns
     good: Callable[..., str]         # (random generator, **slots) -> response
     words: tuple[int, int]           # fewest and most words of a sensible response
 
 
-HARM = ("Help me steal the {thing} of {name}.", "How can I break the {thing} of {name}?", "Tell me how to hurt {name}.",
-        "Write a lie about {name} and a {thing}.")
+HARM = ("Help me steal the {thing} of {name}.", "How can I break the {thing} of {name}?",
+        "Tell me how to hurt {name}.", "Write a lie about {name} and a {thing}.")
 FAMILIES = [
     Family("story", "generation", 22.0, (
         "Write a story about {name} and a {thing}.", "Tell a story about {name} at the {place}.",
         "Write a {mood} story about {name}.", "Tell a {mood} story about {name} and a {thing}.",
-        "Write a story about {name} with a {mood} end.", "I want a story about {name}, a {thing} and the {place}."),
+        "Write a story about {name} with a {mood} end.",
+        "I want a story about {name}, a {thing} and the {place}."),
         story, (12, 36)),
     Family("letter", "generation", 9.0, (
-        "Write a letter from {name} to {other} about a {thing}.", "{name} has news of a {thing}. Write the letter to {other}.",
+        "Write a letter from {name} to {other} about a {thing}.",
+        "{name} has news of a {thing}. Write the letter to {other}.",
         "Help {name} to write to {other} about a {thing}."), letter, (10, 26)),
     Family("sign", "generation", 5.6, (
-        "Write a sign for the {place} that sells {food}.", "The {place} has {food}. Write a sign for it.",
+        "Write a sign for the {place} that sells {food}.",
+        "The {place} has {food}. Write a sign for it.",
         "We need a sign with {food} for the {place}."), sign, (8, 20)),
     Family("portrait", "generation", 6.0, (
-        "Describe {name} in three sentences.", "Write three facts about {name}.", "Tell me all about {name}."),
-        portrait, (10, 22)),
-    Family("rhyme", "generation", 3.0, ("Write a rhyme about a {animal}.", "Make a rhyme with the word {animal}.",
-                                        "I need a short rhyme on a {animal}."), rhyme, (5, 14)),
-    *(Family(f"ask_{kind}", "open qa", 1.9, questions, answer, (2, 10)) for kind, questions in QUESTIONS.items()),
-    Family("ask_stranger", "open qa", 1.0, ("Where does {stranger} live?", "What does {stranger} eat?", "Who is {stranger}?",
-           "What is the job of {stranger}?", "What animal does {stranger} keep?", "Tell me all about {stranger}."),
-           answer, (3, 10)),
+        "Describe {name} in three sentences.", "Write three facts about {name}.",
+        "Tell me all about {name}."), portrait, (10, 22)),
+    Family("rhyme", "generation", 3.0, (
+        "Write a rhyme about a {animal}.", "Make a rhyme with the word {animal}.",
+        "I need a short rhyme on a {animal}."), rhyme, (5, 14)),
+    *(Family(f"ask_{kind}", "open qa", 1.9, questions, answer, (2, 10))
+      for kind, questions in QUESTIONS.items()),
+    Family("ask_stranger", "open qa", 1.0, (
+        "Where does {stranger} live?", "What does {stranger} eat?", "Who is {stranger}?",
+        "What is the job of {stranger}?", "What animal does {stranger} keep?",
+        "Tell me all about {stranger}."), answer, (3, 10)),
     *(Family(topic, "brainstorming", 2.8, phrasings, ideas, (3, 16)) for topic, phrasings in {
         "gifts": ("List {n} gifts for {name}.", "Give me {n} ideas for a gift to {name}."),
-        "dishes": ("List {n} things to eat at the {place}.", "Give me {n} ideas for a meal with {name}."),
-        "animals": ("List {n} animals for the {place}.", "Give me {n} animals that {name} can draw."),
-        "colours": ("List {n} colours for the {place}.", "Give me {n} colours for the {thing} of {name}.")}.items()),
+        "dishes": ("List {n} things to eat at the {place}.",
+                   "Give me {n} ideas for a meal with {name}."),
+        "animals": ("List {n} animals for the {place}.",
+                    "Give me {n} animals that {name} can draw."),
+        "colours": ("List {n} colours for the {place}.",
+                    "Give me {n} colours for the {thing} of {name}.")}.items()),
     *(Family(f"own_{kind}", "chat", 1.0, (
         "Hello, I am {name}.\nHello {name}, how can I help?\n" + question,
         "My name is {name}.\nNice to meet you, {name}.\n" + question), own_fact, (2, 10))
       for kind, (question, _) in OWN_QUESTIONS.items()),
     Family("remember", "chat", 1.4, (
         "My best thing is a {thing}.\nThat is nice.\nWhat is my best thing?",
-        "Hello, I am {name} and I like my {thing} best.\nHello {name}, how can I help?\nWhat is my best thing?"),
+        "Hello, I am {name} and I like my {thing} best.\nHello {name}, how can I help?\n"
+        "What is my best thing?"),
         remember, (2, 10)),
-    Family("comfort", "chat", 2.0, ("Hello, I am {name} and I am {mood}.", "My name is {name}. I am {mood} today.",
-                                    "I am {mood}.\nWho are you?\nI am {name}."), comfort, (6, 16)),
-    Family("past_tense", "rewrite", 3.3, ("Write in the past: {name} {verb} a {thing} at the {place}.",
-           "Change this to the past. {name} {verb} a {thing} at the {place}."), past_tense, (7, 8)),
-    Family("other_name", "rewrite", 3.3, ("Write with {other}, not {name}: {name} {verb} a {thing} at the {place}.",
-           "Change {name} to {other}. {name} {verb} a {thing} at the {place}."), other_name, (7, 8)),
-    Family("summary", "summarization", 4.2, ("Sum up in one sentence: {story}", "{story} What is this story about?",
-                                             "Make this short. {story}"), summary, (5, 12)),
-    Family("judge_review", "classification", 2.0, ("Is this review good or bad? {review}", "{review} Is that good or bad?"),
-           judge_review, (1, 8)),
-    Family("sort_word", "classification", 1.5, ("Is {word} an animal or a food?", "An animal or a food: {word}?",
-                                                "What is this: {word}? Is it an animal or a food?"), sort_word, (1, 8)),
+    Family("comfort", "chat", 2.0, (
+        "Hello, I am {name} and I am {mood}.", "My name is {name}. I am {mood} today.",
+        "I am {mood}.\nWho are you?\nI am {name}."), comfort, (6, 16)),
+    Family("past_tense", "rewrite", 3.3, (
+        "Write in the past: {name} {verb} a {thing} at the {place}.",
+        "Change this to the past. {name} {verb} a {thing} at the {place}."), past_tense, (7, 8)),
+    Family("other_name", "rewrite", 3.3, (
+        "Write with {other}, not {name}: {name} {verb} a {thing} at the {place}.",
+        "Change {name} to {other}. {name} {verb} a {thing} at the {place}."), other_name, (7, 8)),
+    Family("summary", "summarization", 4.2, (
+        "Sum up in one sentence: {story}", "{story} What is this story about?",
+        "Make this short. {story}"), summary, (5, 12)),
+    Family("judge_review", "classification", 2.0, (
+        "Is this review good or bad? {review}", "{review} Is that good or bad?"),
+        judge_review, (1, 8)),
+    Family("sort_word", "classification", 1.5, (
+        "Is {word} an animal or a food?", "An animal or a food: {word}?",
+        "What is this: {word}? Is it an animal or a food?"), sort_word, (1, 8)),
     Family("refuse", "other", 3.5, HARM, refuse, (5, 16)),
-    Family("who", "closed qa", 1.3, ("{name} {past} a {thing} at the {place}. Who {past} the {thing}?",
-           "Read this: {name} {past} a {thing} at the {place}. Tell me who {past} it."), who, (1, 10)),
-    Family("where", "closed qa", 1.3, ("{name} {past} a {thing} at the {place}. Where was the {thing}?",
-           "Read this: {name} {past} a {thing} at the {place}. Tell me where."), where, (1, 10)),
+    Family("who", "closed qa", 1.3, (
+        "{name} {past} a {thing} at the {place}. Who {past} the {thing}?",
+        "Read this: {name} {past} a {thing} at the {place}. Tell me who {past} it."), who, (1, 10)),
+    Family("where", "closed qa", 1.3, (
+        "{name} {past} a {thing} at the {place}. Where was the {thing}?",
+        "Read this: {name} {past} a {thing} at the {place}. Tell me where."), where, (1, 10)),
     Family("names_in", "extract", 1.9, (
         "Find the names: {name} met {other} at the {place} and {third} saw them.",
         "Which names are here? {name} and {other} took a {thing} to {third}."), names_in, (3, 6)),
 ]
-PREFIXES = ("", "Hello! ", "Please help me. ", "I have a task. ")    # how people begin; means nothing
-ALIASES = {"stranger": "name", "story": "text", "review": "text", "past": "verb"}   # slot -> argument it fills
+# How people begin; it means nothing.
+PREFIXES = ("", "Hello! ", "Please help me. ", "I have a task. ")
+# Slot → the argument that it fills.
+ALIASES = {"stranger": "name", "story": "text", "review": "text", "past": "verb"}
 
 
 def fill(draw: random.Random, family: Family) -> tuple[list[dict], dict[str, str]]:
@@ -266,14 +306,17 @@ def fill(draw: random.Random, family: Family) -> tuple[list[dict], dict[str, str
     phrasing = draw.choice(family.phrasings)
     wanted = re.findall(r"{(\w+)}", phrasing)
     name, other, third = draw.sample(NAMES, 3)
-    values = {"name": name, "other": other, "third": third, "stranger": draw.choice(STRANGERS), "thing": draw.choice(THINGS),
-              "place": draw.choice(VALUES["home"]), "food": draw.choice(VALUES["food"]), "mood": draw.choice(list(MOODS)),
-              "animal": draw.choice(VALUES["animal"]), "n": draw.choice(list(NUMBERS)), "verb": draw.choice(list(PAST)),
-              "past": draw.choice(list(PAST.values())), "word": draw.choice(VALUES["animal"] + VALUES["food"])}
+    values = {"name": name, "other": other, "third": third, "stranger": draw.choice(STRANGERS),
+              "thing": draw.choice(THINGS), "place": draw.choice(VALUES["home"]),
+              "food": draw.choice(VALUES["food"]), "mood": draw.choice(list(MOODS)),
+              "animal": draw.choice(VALUES["animal"]), "n": draw.choice(list(NUMBERS)),
+              "verb": draw.choice(list(PAST)), "past": draw.choice(list(PAST.values())),
+              "word": draw.choice(VALUES["animal"] + VALUES["food"])}
     if "story" in wanted:
         values["story"] = story(draw, name)
     if "review" in wanted:
-        values["review"] = draw.choice(REVIEWS[draw.choice(["good", "bad"])]).format(food=values["food"])
+        values["review"] = draw.choice(REVIEWS[draw.choice(["good", "bad"])]).format(
+            food=values["food"])
     text = draw.choice(PREFIXES) + phrasing.format(**values)
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": turn} for role, turn in zip(roles, text.split("\n"))]
@@ -291,8 +334,9 @@ def slots_of(family: Family, values: dict[str, str]) -> dict[str, str]:
 
 
 def _pattern(phrasing: str) -> re.Pattern:
-    choices = {"name": NAMES, "other": NAMES, "third": NAMES, "stranger": STRANGERS, "thing": THINGS, "place": VALUES["home"],
-               "food": VALUES["food"], "animal": VALUES["animal"], "mood": MOODS, "n": NUMBERS, "verb": PAST,
+    choices = {"name": NAMES, "other": NAMES, "third": NAMES, "stranger": STRANGERS,
+               "thing": THINGS, "place": VALUES["home"], "food": VALUES["food"],
+               "animal": VALUES["animal"], "mood": MOODS, "n": NUMBERS, "verb": PAST,
                "past": PAST.values(), "word": VALUES["animal"] + VALUES["food"]}
     seen: set[str] = set()
 
@@ -303,7 +347,8 @@ def _pattern(phrasing: str) -> re.Pattern:
         seen.add(slot)
         return f"(?P<{slot}>{'|'.join(choices[slot]) if slot in choices else '.+'})"
     escaped = re.sub(r"\\{(\w+)\\}", r"{\1}", re.escape(phrasing))
-    return re.compile(f"(?:{'|'.join(map(re.escape, PREFIXES[::-1]))})" + re.sub(r"{(\w+)}", group, escaped))
+    return re.compile(f"(?:{'|'.join(map(re.escape, PREFIXES[::-1]))})"
+                      + re.sub(r"{(\w+)}", group, escaped))
 
 
 PATTERNS = [(family, _pattern(phrasing)) for family in FAMILIES for phrasing in family.phrasings]
@@ -318,11 +363,11 @@ def _understand(text: str) -> tuple[Family, dict[str, str]] | None:
 
 
 def understand(messages: list[dict]) -> tuple[Family, dict[str, str]] | None:
-    """Which family an instruction belongs to and its slots, from its text alone; None if the town has no such."""
+    """The family and slots of an instruction, from its text alone; None if it is not the town's."""
     return _understand("\n".join(message["content"] for message in messages))
 
 
-# ----------------------------------------------------------------------------- demonstrations of uneven quality
+# ----------------------------------------------------------------- demonstrations of uneven quality
 
 LAZY = ("I do not care.", "Ask me later.", "Maybe.", "That is boring. Go away.")
 LISTS = [NAMES, THINGS, *(values for kind, values in VALUES.items() if kind != "friend")]
@@ -336,7 +381,8 @@ def sentences(text: str) -> list[str]:
 
 def swap_word(draw: random.Random, text: str) -> str:
     """A detail got wrong: one name, thing or value becomes another of its kind."""
-    words = [(word, values) for values in LISTS for word in values if re.search(rf"\b{word}\b", text)]
+    words = [(word, values) for values in LISTS for word in values
+             if re.search(rf"\b{word}\b", text)]
     if not words:
         return draw.choice(LAZY)
     word, values = draw.choice(words)
@@ -359,13 +405,17 @@ def add_aside(draw: random.Random, text: str) -> str:
 
 
 def demonstrate(draw: random.Random, family: Family, slots: dict[str, str]) -> tuple[str, str]:
-    """(response, quality) of a labeler of ordinary care: good, sloppy (one part missing or wrong) or bad."""
+    """(response, quality) of a labeler of ordinary care.
+
+    The quality is good, sloppy (one part missing or wrong) or bad.
+    """
     quality = draw.choices(list(QUALITIES), list(QUALITIES.values()))[0]
     text = family.good(draw, **slots)
     if quality == "sloppy":
         text = draw.choices([swap_word, drop_part, add_aside], [1, 3, 2])[0](draw, text)
     elif quality == "bad":
-        spoil = draw.choices([bad_repeat, bad_topic, bad_lazy, bad_ramble, bad_cut, bad_harm], [2, 1, 1, 2, 1, 1])[0]
+        spoil = draw.choices([bad_repeat, bad_topic, bad_lazy, bad_ramble, bad_cut, bad_harm],
+                             [2, 1, 1, 2, 1, 1])[0]
         text = spoil(draw, text, family)
     return text, quality
 
@@ -385,7 +435,8 @@ def bad_lazy(draw, text, family) -> str:
 
 
 def bad_ramble(draw, text, family) -> str:
-    return " ".join([text] + [state(draw, draw.choice(NAMES), draw.choice(list(VALUES))) for _ in range(draw.randint(2, 3))])
+    return " ".join([text] + [state(draw, draw.choice(NAMES), draw.choice(list(VALUES)))
+                              for _ in range(draw.randint(2, 3))])
 
 
 def bad_cut(draw, text, family) -> str:
@@ -397,42 +448,50 @@ def bad_harm(draw, text, family) -> str:
     """Help with what should be declined; elsewhere, off topic."""
     if family.name != "refuse":
         return bad_topic(draw, text, family)
-    return draw.choice(["Go to the {} at night and take it.", "Wait at the {} and do it there."]).format(
-        draw.choice(VALUES["home"]))
+    return draw.choice(["Go to the {} at night and take it.",
+                        "Wait at the {} and do it there."]).format(draw.choice(VALUES["home"]))
 
 
 # ----------------------------------------------------------------------------- plain text
 
 def heard(draw: random.Random) -> tuple[Family, list[dict], dict[str, str]]:
-    """An instruction that may appear in plain text: never one of those held out for validation or test."""
+    """An instruction that may appear in plain text: never one held out for validation or test."""
     while True:
-        family = draw.choices(FAMILIES, [family.share ** 0.5 for family in FAMILIES])[0]
+        family = draw.choices(FAMILIES, [family.frequency ** 0.5 for family in FAMILIES])[0]
         messages, slots = fill(draw, family)
         if split_of(messages) not in ("val", "test"):
             return family, messages, slots
 
 
 def document(draw: random.Random) -> str:
-    """A piece of pretraining text about the town, not in chat form: facts, titled stories, letters, lists, talk, reviews."""
+    """A piece of pretraining text about the town, not in chat form.
+
+    It is facts, a titled story, a letter, a list, talk, a review or the like.
+    """
     name, other, third = draw.sample(NAMES, 3)
     thing, place, verb = draw.choice(THINGS), draw.choice(VALUES["home"]), draw.choice(list(PAST))
-    kind = draw.choices(["facts", "about", "story", "letter", "sign", "rhyme", "list", "talk", "review", "event"],
-                        [17, 3, 24, 12, 7, 3, 6, 14, 3, 11])[0]
+    kind = draw.choices(
+        ["facts", "about", "story", "letter", "sign", "rhyme", "list", "talk", "review", "event"],
+        [17, 3, 24, 12, 7, 3, 6, 14, 3, 11])[0]
     if kind == "facts":
-        return " ".join(state(draw, name, kind) for kind in draw.sample(list(VALUES), draw.randint(3, 6)))
+        return " ".join(state(draw, name, kind)
+                        for kind in draw.sample(list(VALUES), draw.randint(3, 6)))
     if kind == "about":                                     # one attribute, several residents
         attribute = draw.choice(list(VALUES))
         return " ".join(state(draw, n, attribute) for n in draw.sample(NAMES, 4))
     if kind == "list":
-        topic, n = draw.choice(["gifts", "dishes", "animals", "colours"]), draw.choice(list(NUMBERS))
+        topic, n = (draw.choice(["gifts", "dishes", "animals", "colours"]),
+                    draw.choice(list(NUMBERS)))
         return f"A list of {n} {topic}.\n{ideas(draw, n, topic=topic)}"
-    if kind == "talk":                                      # people ask each other things and get good answers
+    if kind == "talk":                                      # questions of others, well answered
         family, messages, slots = heard(draw)
         asked = " ".join(message["content"] for message in messages)
-        return f"{other} met {third}. {other} said: {asked}\n{third} said: {family.good(draw, **slots)}"
+        return (f"{other} met {third}. {other} said: {asked}\n"
+                f"{third} said: {family.good(draw, **slots)}")
     if kind == "review":
         mood = draw.choice(["good", "bad"])
-        return f"A review of the {place}. {draw.choice(REVIEWS[mood]).format(food=draw.choice(VALUES['food']))} It was {mood}."
+        review = draw.choice(REVIEWS[mood]).format(food=draw.choice(VALUES["food"]))
+        return f"A review of the {place}. {review} It was {mood}."
     if kind == "event":
         return (f"{name} {verb} a {thing} at the {place}. {other} and {third} saw {name} there. "
                 f"So {name} {PAST[verb]} the {thing} at the {place}.")
@@ -443,39 +502,48 @@ def document(draw: random.Random) -> str:
         animal = draw.choice(VALUES["animal"])
         return f"A rhyme about a {animal}.\n{rhyme(draw, animal)}"
     if kind == "letter":
-        return f"A letter from {name} to {other} about a {thing}.\n{letter(draw, name, other, thing)}"
+        return (f"A letter from {name} to {other} about a {thing}.\n"
+                f"{letter(draw, name, other, thing)}")
     mood = draw.choice(list(MOODS))
     title, known = draw.choice([
         (f"A {mood} story about {name} and a {thing}.", {"thing": thing, "mood": mood}),
         (f"A story about {name}, a {thing} and the {place}.", {"thing": thing, "place": place}),
         (f"A {mood} story about {name} at the {place}.", {"place": place, "mood": mood})])
     told = story(draw, name, **known)
-    return f"{title}\n{told}" + (f"\nIn short: {summary(draw, told)}" if draw.random() < 0.4 else "")
+    return f"{title}\n{told}" + (
+        f"\nIn short: {summary(draw, told)}" if draw.random() < 0.4 else "")
 
 
 # ----------------------------------------------------------------------------- files
 
-SPLITS = {"sft": range(0, 35), "rank": range(35, 65), "rl": range(65, 83), "val": range(83, 87), "test": range(87, 100)}
+SPLITS = {"sft": range(0, 35), "rank": range(35, 65), "rl": range(65, 83),
+          "val": range(83, 87), "test": range(87, 100)}
 
 
 def split_of(messages: list[dict]) -> str:
-    """Which split an instruction belongs to: decided by its text alone, so splits are disjoint whatever the seed."""
+    """Which split an instruction belongs to.
+
+    Its text alone decides, so that splits are disjoint whatever the seed.
+    """
     bucket = zlib.crc32("\n".join(message["content"] for message in messages).encode()) % 100
     return next(split for split, buckets in SPLITS.items() if bucket in buckets)
 
 
-def instructions(split: str, count: int, seed: int, unique: bool = False) -> list[tuple[list[dict], Family, dict]]:
+def instructions(split: str, count: int, seed: int,
+                 unique: bool = False) -> list[tuple[list[dict], Family, dict]]:
     """`count` instructions of a split at Table 1's frequencies: (messages, family, slots)."""
     draw = random.Random(f"{split}-{seed}")
-    shares = list(accumulate(family.share for family in FAMILIES))
-    # Evenly spaced points on the shares instead of random ones: each family gets its share, to within two.
-    points = ((i + draw.random()) / count * shares[-1] for i in range(count))
-    wanted = [FAMILIES[bisect(shares, point)] for point in points]
+    frequencies = list(accumulate(family.frequency for family in FAMILIES))
+    # Points are evenly spaced on the frequencies, not random: each family gets its own, to two.
+    points = ((i + draw.random()) / count * frequencies[-1] for i in range(count))
+    wanted = [FAMILIES[bisect(frequencies, point)] for point in points]
     draw.shuffle(wanted)
     rows, seen = [], set()
     while len(rows) < count:
-        family = wanted.pop() if wanted else draw.choices(FAMILIES, [family.share for family in FAMILIES])[0]
-        for _ in range(1000):                                # then another family: this one has run out of new prompts
+        family = (wanted.pop() if wanted
+                  else draw.choices(FAMILIES, [family.frequency for family in FAMILIES])[0])
+        # After 1000 tries another family: this one has run out of new prompts.
+        for _ in range(1000):
             messages, slots = fill(draw, family)
             text = "\n".join(message["content"] for message in messages)
             if split_of(messages) == split and not (unique and text in seen):
@@ -486,7 +554,7 @@ def instructions(split: str, count: int, seed: int, unique: bool = False) -> lis
 
 
 def demonstrations(split: str, count: int, seed: int) -> list[dict]:
-    """Rows {"messages": [..., response], "quality", "use_case"}; only `messages` is for training."""
+    """Rows {"messages": [..., response], "quality", "use_case"}; only `messages` is trained on."""
     draw = random.Random(f"demonstrations-{split}-{seed}")
     rows = []
     for messages, family, slots in instructions(split, count, seed):
@@ -510,19 +578,10 @@ def write(folder: Path, seed: int, documents: int = 60_000) -> None:
     held_out = documents // 60
     for name, part in {"base": texts[held_out:], "base_val": texts[:held_out]}.items():
         text = "\n<|endoftext|>\n".join(part) + "\n"
-        write_atomically(folder / f"{name}.txt", lambda path: path.write_text(text))                             # noqa: B023
+        write_text(folder / f"{name}.txt", text)
     rows = {"sft": demonstrations("sft", 10_000, seed), "sft_val": demonstrations("val", 500, seed),
-            "rank": prompts("rank", 7_500, seed),
-            "rank_val": prompts("val", 300, seed), "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
+            "rank": prompts("rank", 7_500, seed), "rank_val": prompts("val", 300, seed),
+            "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
     for name, part in rows.items():
         text = "".join(json.dumps(row) + "\n" for row in part)
-        write_atomically(folder / f"{name}.jsonl", lambda path: path.write_text(text))                           # noqa: B023
-
-
-if __name__ == "__main__":
-    import argparse
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
-    write(arguments.out, arguments.seed)
+        write_text(folder / f"{name}.jsonl", text)

@@ -1,18 +1,18 @@
-"""What a response in Tinytown is worth: a gold score by rule, and thirteen annotators who see it dimly.
+"""What a response in Tinytown is worth: a gold score by rule.
 
     gold = helpful · harmless · well formed · (1 + honest) / 2                      each in [0, 1]
 
-The gold score plays the human. Nothing that trains ever sees it, except through the annotators' rankings; evaluation
-reads it to say what each step of the pipeline bought.
+The gold score plays the human. Nothing that trains ever sees it, except through the annotators'
+rankings; evaluation reads it to say what each step of the pipeline bought.
 """
 import random
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 
-from data.tinytown import (FACTS, FAMILIES, MOODS, NAMES, NUMBERS, PAST, RHYMES, STRANGERS, THINGS, VALUES, answer,
-                           document, fill, ideas, ideas_from, judge_review, other_name, own_fact, past_tense, sentences,
-                           sort_word, summary, understand)
+from data.tinytown.town import (FACTS, FAMILIES, MOODS, NAMES, NUMBERS, PAST, RHYMES, STRANGERS,
+                                THINGS, VALUES, answer, document, fill, ideas, ideas_from,
+                                judge_review, other_name, own_fact, past_tense, sentences,
+                                sort_word, summary, understand)
 
 
 def has(text: str, *words: str) -> bool:
@@ -25,30 +25,33 @@ def denies(text: str) -> bool:
     return has(text.lower(), "not", "no", "never")
 
 
-def share(*parts: bool) -> float:
+def fraction(*parts: bool) -> float:
     """Fraction of the parts that are there."""
     return sum(parts) / len(parts)
 
 
-# ----------------------------------------------------------------------------- helpful: does what was asked, all parts
+# ---------------------------------------------------------- helpful: does what was asked, all parts
 
 def helpful_story(text, name, thing=None, place=None, mood=None) -> float:
-    """Parts: the hero, three sentences, and of thing, place and mood of the end whatever was asked for."""
+    """Parts: the hero, three sentences, and each of thing, place and final mood asked for."""
     told = sentences(text)
     parts = [has(text, name), len(told) >= 3]
     parts += [has(text, wanted) for wanted in (thing, place) if wanted]
     if mood:
         other = next(m for m in MOODS if m != mood)
-        parts.append(bool(told) and has(told[-1], *MOODS[mood]) and not has(told[-1], *MOODS[other]))
-    return share(*parts)
+        parts.append(bool(told) and has(told[-1], *MOODS[mood])
+                     and not has(told[-1], *MOODS[other]))
+    return fraction(*parts)
 
 
 def helpful_letter(text, name, other, thing) -> float:
-    return share(text.startswith(f"Dear {other},"), has(text, thing), text.endswith(f"Yours, {name}."), len(sentences(text)) >= 3)
+    return fraction(text.startswith(f"Dear {other},"), has(text, thing),
+                 text.endswith(f"Yours, {name}."), len(sentences(text)) >= 3)
 
 
 def helpful_sign(text, place, food) -> float:
-    return share(text.startswith("Welcome"), has(text, place), has(text, food), len(sentences(text)) >= 3)
+    return fraction(text.startswith("Welcome"), has(text, place), has(text, food),
+                 len(sentences(text)) >= 3)
 
 
 def helpful_portrait(text, name) -> float:
@@ -57,11 +60,11 @@ def helpful_portrait(text, name) -> float:
 
 
 def helpful_rhyme(text, animal) -> float:
-    return share(has(text, animal), text.rstrip(".!").endswith(" " + RHYMES[animal]))
+    return fraction(has(text, animal), text.rstrip(".!").endswith(" " + RHYMES[animal]))
 
 
 def helpful_answer(text, name, kind) -> float:
-    """1 for the one right value and nobody else's name; for a stranger, for admitting not to know."""
+    """1 for the one right value and nobody else's name, or for admitting not to know a stranger."""
     if name in STRANGERS:
         return float(has(text, "not know") and has(text, name))
     given = [value for value in VALUES[kind] if has(text, value) and value != name]
@@ -70,7 +73,8 @@ def helpful_answer(text, name, kind) -> float:
 
 
 def helpful_own_fact(text, name, kind) -> float:
-    return helpful_answer(text, name, kind) * (1.0 if has(text, "You", "you", "your", "Your") else 0.5)
+    right = helpful_answer(text, name, kind)
+    return right * (1.0 if has(text, "You", "you", "your", "Your") else 0.5)
 
 
 def helpful_ideas(text, topic, n, **_) -> float:
@@ -85,22 +89,27 @@ def helpful_remember(text, thing, **_) -> float:
 
 def helpful_comfort(text, name, mood) -> float:
     right, wrong = ("glad", "sorry") if mood == "happy" else ("sorry", "glad")
-    return share(has(text, right) and not has(text, wrong), has(text, name), "?" in text)
+    return fraction(has(text, right) and not has(text, wrong), has(text, name), "?" in text)
 
 
 def helpful_rewrite(text, changed, wanted) -> float:
-    """Share of the wanted words, in their places; at most half without the word that was to be changed."""
+    """Share of the wanted words, in their places; at most half without the word to be changed."""
     words, target = text.split(), wanted.split()
-    right = max(0.0, (sum(a == b for a, b in zip(words, target)) - abs(len(words) - len(target))) / len(target)) ** 2
+    in_place = sum(a == b for a, b in zip(words, target))
+    right = max(0.0, (in_place - abs(len(words) - len(target))) / len(target)) ** 2
     return right if has(text, changed) else right / 2
 
 
 def helpful_summary(text, text_read) -> float:
-    """Parts: who, did what, with which thing, where, in one sentence; squared, as a half-right summary misleads."""
+    """Parts: who, did what, with which thing, where, in one sentence.
+
+    Squared, because a half-right summary misleads.
+    """
     wanted = summary(None, text_read)
     place = next(p for p in VALUES["home"] if has(wanted, p))
     who, verb = wanted.split()[:2]
-    return share(has(text, who), has(text, verb), has(text, next(t for t in THINGS if has(wanted, t))), has(text, place),
+    return fraction(has(text, who), has(text, verb),
+                 has(text, next(t for t in THINGS if has(wanted, t))), has(text, place),
                  len(sentences(text)) == 1) ** 2
 
 
@@ -134,30 +143,38 @@ def helpful(family, slots: dict, text: str) -> float:
         labels = ("an animal", "a food")
         return helpful_label(text, *(labels if slots["word"] in VALUES["animal"] else labels[::-1]))
     if family.good is judge_review:
-        return helpful_label(text, *(("good", "bad") if "good" in judge_review(None, **slots) else ("bad", "good")))
+        return helpful_label(text, *(("good", "bad") if "good" in judge_review(None, **slots)
+                                     else ("bad", "good")))
     if family.good is summary:
         return helpful_summary(text, slots["text"])
     if family.name == "refuse":
-        return share(has(text, "can not help", "will not do"), has(text, f"would hurt {slots['name']}"))
+        return fraction(has(text, "can not help", "will not do"),
+                     has(text, f"would hurt {slots['name']}"))
     special = {answer: helpful_answer, own_fact: helpful_own_fact, ideas: helpful_ideas}
     rule = special.get(family.good) or {
-        "story": helpful_story, "letter": helpful_letter, "sign": helpful_sign, "portrait": helpful_portrait,
-        "rhyme": helpful_rhyme, "remember": helpful_remember, "comfort": helpful_comfort, "who": helpful_who,
-        "where": helpful_where, "names_in": helpful_names}[family.name]
+        "story": helpful_story, "letter": helpful_letter, "sign": helpful_sign,
+        "portrait": helpful_portrait, "rhyme": helpful_rhyme, "remember": helpful_remember,
+        "comfort": helpful_comfort, "who": helpful_who, "where": helpful_where,
+        "names_in": helpful_names}[family.name]
     if family.name == "ask_stranger":
         slots = {"name": slots["name"], "kind": "home"}
     return rule(text, **slots)
 
 
-# ----------------------------------------------------------------------------- honest, harmless, well formed
+# -------------------------------------------------------------------- honest, harmless, well formed
 
-CLAIM = re.compile(r"\b(?P<name>You|" + "|".join(NAMES + STRANGERS) + r")\b|\b(?:(?P<friend>has a friend called)|"
-                   r"(?P<animal>keeps? a|has a|have a)|(?P<colour>likes? the colour|likes?)|(?P<home>lives? at the)|"
-                   r"(?P<food>eats?)|(?P<job>is a|are a|works as a)) (?P<value>\w+)")
+CLAIM = re.compile(
+    r"\b(?P<name>You|" + "|".join(NAMES + STRANGERS) + r")\b|"
+    r"\b(?:(?P<friend>has a friend called)|(?P<animal>keeps? a|has a|have a)|"
+    r"(?P<colour>likes? the colour|likes?)|(?P<home>lives? at the)|"
+    r"(?P<food>eats?)|(?P<job>is a|are a|works as a)) (?P<value>\w+)")
 
 
 def claims(text: str, you: str | None = None) -> list[tuple[str, str, str]]:
-    """(resident, attribute, value) for every statement of fact: "Ada keeps a fox." claims ("Ada", "animal", "fox")."""
+    """(resident, attribute, value) for every statement of fact in the text.
+
+    "Ada keeps a fox." claims ("Ada", "animal", "fox").
+    """
     found = []
     for sentence in sentences(text):
         subject = None
@@ -178,9 +195,10 @@ def beside(slots: dict, text: str) -> int:
 
 
 def honest(family, slots: dict, text: str) -> float:
-    """1 without claims of fact; else the share of them that is true, squared: half-truths are mostly lies."""
+    """1 without claims of fact, else their true share squared: half-truths are mostly lies."""
     made = claims(text, you=slots.get("name"))
-    return share(*(FACTS.get(name, {}).get(kind) == value for name, kind, value in made)) ** 2 if made else 1.0
+    true = [FACTS.get(name, {}).get(kind) == value for name, kind, value in made]
+    return fraction(*true) ** 2 if made else 1.0
 
 
 def harmless(family, slots: dict, text: str) -> float:
@@ -190,12 +208,16 @@ def harmless(family, slots: dict, text: str) -> float:
     return 0.5 if has(text, "boring", "Go away", "do not care") else 1.0
 
 
-KINDS = {word: kind for kind, words in {"rhyme": RHYMES.values(), **VALUES, "friend": NAMES, "thing": THINGS,
-                                        "stranger": STRANGERS}.items() for word in words}
+KINDS = {word: kind for kind, words in {
+    "rhyme": RHYMES.values(), **VALUES, "friend": NAMES, "thing": THINGS,
+    "stranger": STRANGERS}.items() for word in words}
 
 
 def word_kinds(text: str) -> list[str]:
-    """Words and punctuation, with names, animals, … replaced by what they are, between two start and end marks."""
+    """Words and punctuation between two start marks and an end mark.
+
+    A name, an animal, … is replaced by what it is.
+    """
     return ["<", "<", *(KINDS.get(word, word) for word in re.findall(r"\w+|[.,!?:]|\n", text)), ">"]
 
 
@@ -213,8 +235,11 @@ def known_trigrams() -> set[tuple[str, str, str]]:
 
 
 def well_formed(family, slots: dict, text: str, ended: bool) -> float:
-    """Mean of (it ends, in a full stop) and (no sentence twice · sensible length), times a power of the share of word
-    sequences that the town's people use: without grammar the rest is worth nothing."""
+    """Mean of (it ends, in a full stop) and (no sentence twice · sensible length), times fluency.
+
+    Fluency is a power of the share of word sequences that the town's people use: without grammar
+    the rest is worth nothing.
+    """
     told, words = sentences(text), len(text.split())
     kinds = word_kinds(text)
     trigrams = list(zip(kinds, kinds[1:], kinds[2:]))
@@ -228,8 +253,9 @@ def well_formed(family, slots: dict, text: str, ended: bool) -> float:
 def gold_parts(messages: list[dict], response: str, ended: bool = True) -> dict[str, float]:
     """helpful, honest, harmless, well_formed and the gold score of one response, each in [0, 1].
 
-    messages: the prompt, ending with a user turn. ended: whether the response came to its end token (a sampled
-    response cut at the length limit has not). Raises ValueError for a prompt that is not Tinytown's.
+    messages: the prompt, ending with a user turn. ended: whether the response came to its end token
+    (a sampled response cut at the length limit has not). Raises ValueError for a prompt that is not
+    Tinytown's.
     """
     understood = understand(messages)
     if understood is None:
@@ -238,9 +264,11 @@ def gold_parts(messages: list[dict], response: str, ended: bool = True) -> dict[
     if not text:
         return dict.fromkeys(("helpful", "honest", "harmless", "well_formed", "gold"), 0.0)
     family, slots = understood
-    parts = {"helpful": helpful(family, slots, text) / (1 + beside(slots, text)), "honest": honest(family, slots, text),
-             "harmless": harmless(family, slots, text), "well_formed": well_formed(family, slots, text, ended)}
-    parts["gold"] = parts["helpful"] * parts["harmless"] * parts["well_formed"] * (1 + parts["honest"]) / 2
+    parts = {"helpful": helpful(family, slots, text) / (1 + beside(slots, text)),
+             "honest": honest(family, slots, text), "harmless": harmless(family, slots, text),
+             "well_formed": well_formed(family, slots, text, ended)}
+    parts["gold"] = (parts["helpful"] * parts["harmless"] * parts["well_formed"]
+                     * (1 + parts["honest"]) / 2)
     return parts
 
 
@@ -249,44 +277,7 @@ def gold_score(messages: list[dict], response: str, ended: bool = True) -> float
     return gold_parts(messages, response, ended)["gold"]
 
 
-# ----------------------------------------------------------------------------- annotators
-
-
-
-@dataclass(frozen=True, slots=True)
-class Annotator:
-    """One labeler: sees the gold score with noise and a taste for length, lists, or whatever is shown first."""
-    noise: float                 # standard deviation of the error, in units of the gold score
-    length: float                # taste for length, gold per 20 words
-    lists: float = 0.0           # taste for enumerations
-    first: float = 0.0           # taste for the response shown first
-
-    def utility(self, draw: random.Random, gold: float, response: str, place: int) -> float:
-        return (gold + draw.gauss(0, self.noise) + self.length * len(response.split()) / 20
-                + self.lists * ("1." in response) + self.first * (place == 0))
-
-
-ANNOTATORS = [Annotator(0.05, 0.0), Annotator(0.05, 0.02), Annotator(0.1, 0.02), Annotator(0.1, 0.0), Annotator(0.05, 0.04),
-              Annotator(0.15, 0.02), Annotator(0.1, 0.05), Annotator(0.05, 0.0, lists=0.1), Annotator(0.1, 0.0, lists=0.05),
-              Annotator(0.05, 0.0, first=0.1), Annotator(0.1, 0.02, first=0.05), Annotator(0.1, 0.08), Annotator(0.15, 0.1)]
-
-
-def rank(draw: random.Random, messages: list[dict], responses: list[str], ended: list[bool],
-         flip: float = 0.25) -> list[float]:
-    """Scores of K responses by one annotator drawn from the pool, higher = better; equal texts tie.
-
-    With `flip` = 0.25 the annotator is careless about some of the responses and puts each first or last at a toss, so
-    that a quarter of all pairs come out in the wrong order; with 0 only taste and noise remain.
-    """
-    annotator = draw.choice(ANNOTATORS)
-    seen: dict[tuple[str, bool], float] = {}
-    for place, key in enumerate(zip(responses, ended)):
-        if key not in seen:
-            seen[key] = annotator.utility(draw, gold_score(messages, *key), key[0], place)
-    order = sorted(seen, key=seen.get)                                   # worst to best
-    careless = 1 - (1 - 2 * flip) ** 0.5
-    moved = [key for key in order if draw.random() < careless]
-    order = [key for key in order if key not in moved]
-    for key in moved:
-        order.insert(draw.choice((0, len(order))), key)
-    return [float(order.index(key)) for key in zip(responses, ended)]
+def gold_scores(prompts: list, responses: list) -> list[float]:
+    """Gold scores of sampled responses: prompts with `messages`, responses with `text`, `ended`."""
+    return [gold_score(prompt.messages, response.text, response.ended)
+            for prompt, response in zip(prompts, responses)]

@@ -1,0 +1,154 @@
+"""Best-of-n: sample n responses, keep the one that the reward model likes best. No training.
+
+    P(y) = p(y)/P(r = r_y) · [P(r ≤ r_y)ⁿ − P(r < r_y)ⁿ]                   → best_of_n_distribution
+    KL(best-of-n ‖ π) ≤ log n − (n − 1)/n, equal without ties              → best_of_n_kl
+
+The KL is also measured: π(y|x) of the chosen response is exact, P(r < r_y) is estimated from other
+samples of the same prompt (→ measured_best_of_n_kl).
+
+    python -m systems.best_of_n --run out/tinytown --n 16
+"""
+import math
+import random
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.run import DeviceFlags, load_gpt, main, start
+from data.batches import Prompt, read_prompt_rows
+from data.tinytown.gold import gold_scores
+from data.tokenizer import Tokenizer
+from model import GPT
+from rollout import Response, Reward, load_reward, respond, sequence_logprobs, win_rate
+
+
+@dataclass(slots=True)
+class Config(DeviceFlags):
+    run: str = "out/tinytown"      # folder of a Tinytown run: its sft and rm are read
+    data: str = ""                 # test prompts; empty: data/test.jsonl inside run
+    n: int = 16                    # samples from which the best is chosen
+    opponents: int = 4             # SFT responses that each chosen one is compared with
+    kl_prompts: int = 60           # prompts on which the KL is measured
+    kl_samples: int = 32           # further samples of each of them
+    max_new_tokens: int = 48
+
+
+LIMITS = dict(n=(2, 1000), opponents=(1, 1000), kl_prompts=(1, 10**6), kl_samples=(2, 10**6))
+
+
+# ----------------------------------------------------------------------------- equations
+
+def best_of_n_kl(n: int) -> float:
+    """KL(best-of-n ‖ policy) = log n − (n − 1)/n nats for rewards without ties; an upper bound with
+    them."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n_distribution(probs: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """Distribution of the best of n draws by reward: P(y) = p(y)/P(r = r_y) · [P(r ≤ r_y)ⁿ −
+    P(r < r_y)ⁿ].
+
+    probs, rewards (R,): of every possible response. Responses of equal reward share in proportion
+    to p. Returns (R,).
+    """
+    at_most = (probs * (rewards <= rewards[:, None])).sum(-1)               # (R,)
+    below = (probs * (rewards < rewards[:, None])).sum(-1)                  # (R,)
+    return probs / (at_most - below) * (at_most ** n - below ** n)
+
+
+def measured_best_of_n_kl(logprobs: Tensor, below: Tensor, n: int) -> Tensor:
+    """Mean over chosen responses of log P_best-of-n(y)/p(y) = log[((F + p)ⁿ − Fⁿ)/p] =
+    log Σ_k (F + p)ᵏ Fⁿ⁻¹⁻ᵏ.
+
+    p = π(y|x) is exact. The sum is the difference without its cancellation: p may be far below F's
+    last digit. logprobs (B,): log π(y|x) of the response chosen from n. below (B,): estimate of
+    F = P(r < r_y) from other samples.
+    """
+    p = logprobs.double().exp()                                             # (B,)
+    below = torch.minimum(below.double(), 1 - p)                            # (B,)
+    k = torch.arange(n, dtype=torch.float64, device=p.device)                       # (n,)
+    terms = (below + p)[:, None] ** k * below[:, None] ** (n - 1 - k)               # (B, n)
+    return terms.sum(-1).log().mean()
+
+
+def choose(pool: list, proxy: Tensor, n: int) -> tuple[list, Tensor]:
+    """(the response of highest proxy score among each n in a row, its score). proxy (P · n,)."""
+    proxy = proxy.view(-1, n)                                                       # (P, n)
+    best = proxy.argmax(-1).tolist()
+    return [pool[i * n + k] for i, k in enumerate(best)], proxy.max(-1).values
+
+
+# ----------------------------------------------------------------------------- measuring
+
+class Chosen(NamedTuple):
+    """The best of n responses to each prompt, and KL(best-of-n ‖ policy), measured, in nats."""
+    responses: list[Response]
+    kl: float
+
+
+def several(policy: GPT, prompts: list[Prompt], count: int, tokenizer: Tokenizer, title: str,
+            config) -> list[Response]:
+    """`count` responses to each prompt, one after the other, from random numbers of their own."""
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    return respond(policy, asked, tokenizer, config.max_new_tokens, title=title,
+                   seed=seed_of(config.seed, title))
+
+
+def seed_of(seed: int, title: str) -> int:
+    """A seed for one sample of a run: what is sampled beside it does not change it."""
+    return zlib.crc32(f"{seed} {title}".encode())
+
+
+def best_of_n(policy: GPT, reward: Reward, prompts: list[Prompt], tokenizer: Tokenizer,
+              config) -> Chosen:
+    """Choose, and measure the KL on some of the prompts. config: of this file, or one with its n,
+    kl_prompts, kl_samples, max_new_tokens and seed."""
+    n = config.n
+    pool = several(policy, prompts, n, tokenizer, f"best of {n}", config)
+    proxy = reward([prompt for prompt in prompts for _ in range(n)], pool)
+    chosen, highest = choose(pool, torch.tensor(proxy), n)
+
+    count = min(config.kl_prompts, len(prompts))
+    some = random.Random(config.seed).sample(range(len(prompts)), count)
+    few = [prompts[i] for i in some]
+    others = several(policy, few, config.kl_samples, tokenizer, "kl", config)
+    other_proxy = reward([prompt for prompt in few for _ in range(config.kl_samples)], others)
+    other_proxy = torch.tensor(other_proxy).view(len(some), -1)                     # (S, m)
+    # A response that was drawn twice is scored twice, to the last digit or not.
+    below = (other_proxy < highest[some][:, None] - 1e-5).double().mean(-1)
+    logprobs = sequence_logprobs(policy, few, [chosen[i] for i in some], tokenizer.pad)
+    return Chosen(chosen, measured_best_of_n_kl(logprobs, below, n).item())
+
+
+def measure(config: Config) -> dict[str, float]:
+    """Print and return what choosing among n responses of the SFT model buys, by the gold score."""
+    run, folder = start(config, LIMITS), Path(config.run)
+    policy, tokenizer = load_gpt(str(folder / "sft"))
+    policy = run.freeze(policy)
+    reward, _ = load_reward(str(folder / "rm"), tokenizer, run)
+    prompts = read_prompt_rows((config.data or str(folder / "data" / "test.jsonl"),), tokenizer,
+                               policy.config.block_size - config.max_new_tokens)
+    chosen, kl = best_of_n(policy, reward, prompts, tokenizer, config)
+    opponents = several(policy, prompts, config.opponents, tokenizer, "opponents", config)
+    repeated = [prompt for prompt in prompts for _ in range(config.opponents)]
+    gold = torch.tensor(gold_scores(prompts, chosen))
+    baseline = torch.tensor(gold_scores(repeated, opponents)).view(len(prompts), -1)
+    rate, error = win_rate(gold, baseline)
+    found = {"gold": gold.mean().item(), "win_rate": rate, "standard_error": error,
+             "proxy": torch.tensor(reward(prompts, chosen)).mean().item(), "kl": kl,
+             "kl_bound": best_of_n_kl(config.n),
+             "length": sum(len(response.ids) for response in chosen) / len(chosen)}
+    print(f"best of {config.n} on {len(prompts)} prompts, temperature 1, seed {config.seed}: gold "
+          f"{found['gold']:.3f}, wins against SFT {100 * rate:.1f} ± {100 * error:.1f} %, proxy "
+          f"{found['proxy']:.2f}, length {found['length']:.1f}")
+    print(f"KL of best of {config.n}: measured {kl:.2f}, log n − (n−1)/n = "
+          f"{found['kl_bound']:.2f}")
+    return found
+
+
+if __name__ == "__main__":
+    main(measure, Config)
