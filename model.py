@@ -52,22 +52,22 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         kv_heads = config.n_kv_head or config.n_head
-        self.layer, self.width = layer, config.n_embd // config.n_head
+        self.layer, self.head_width = layer, config.n_embd // config.n_head
         self.heads = config.n_head, kv_heads, kv_heads                               # of q, k, v
         bias = config.bias or config.qkv_bias
-        self.qkv = Linear(config.n_embd, sum(self.heads) * self.width, bias=bias)
+        self.qkv = Linear(config.n_embd, sum(self.heads) * self.head_width, bias=bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple | None = None,
                 cache: "KVCache | None" = None) -> Tensor:
         """mask (…, T, S): 1 where token t may see token s; None: all that is not later."""
-        q, k, v = self.queries_keys_values(x, rope, cache)                  # (B, H or G, T or S, D)
+        q, k, v = self.queries_keys_values(x, rope, cache)
         return self.attend(q, k, v, mask)
 
     def queries_keys_values(self, x: Tensor, rope, cache) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D) of the new tokens, k and v (B, G, S, D) of all."""
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.width).transpose(1, 2)        # (B, H + 2G, T, D)
+        qkv = self.qkv(x).view(B, T, -1, self.head_width).transpose(1, 2)   # (B, H + 2G, T, D)
         q, k, v = qkv.split(self.heads, dim=1)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -76,16 +76,16 @@ class Attention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """proj(softmax(q·kᵀ/√D + mask)·v), (B, T, C)."""
+        """proj(softmax(q·kᵀ/√D)·v), (B, T, C); the softmax of token t runs over what it sees."""
         if k.shape[1] < q.shape[1]:             # each key-value head serves a group of query heads
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        causal = mask is None and q.shape[2] > 1
+        causal = mask is None and q.shape[2] > 1        # one new token sees all before it
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.proj(y.transpose(1, 2).flatten(2))                      # (B, T, C)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); (B, T, C) → (B, T, C)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); (B, T, C) → same, or (N, C): see `only`."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -100,11 +100,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rope: tuple | None = None,
                 cache: "KVCache | None" = None, wanted: Tensor | None = None) -> Tensor:
-        if wanted is not None:
-            return self.only(wanted, x, mask, rope, cache)
-        y = self.attention(self.ln_1(x), mask, rope, cache)
-        x = x + F.dropout(y, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+        if wanted is None:
+            y = self.attention(self.ln_1(x), mask, rope, cache)
+            x = x + F.dropout(y, self.dropout, self.training)
+            return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+        return self.only(wanted, x, mask, rope, cache)
 
     def mlp(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -201,10 +201,10 @@ class GPT(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor | None = None,
                attention_mask: Tensor | None = None, cache: "KVCache | None" = None,
                wanted: Tensor | None = None) -> Tensor:
-        """States after the final LayerNorm, (B, T, C); or, with wanted (B, T) bool, only those
+        """States after the final norm, (B, T, C); or, with wanted (B, T) bool, only those
         where it is 1, (N, C).
 
-        tokens (B, T). positions (B, T) default to 0, 1, 2, … over the real tokens of each row.
+        tokens (B, T). positions, (T,) or (B, T), default to 0, 1, 2, … over each row's real tokens.
         attention_mask (B, S) over cached and new tokens, 1 = real; only left-padded rows need one:
         right padding comes after every real token, where causal attention cannot see it. Or
         (B, T, S), 1 where token t may see token s, for rows that hold several texts; it needs
@@ -219,6 +219,7 @@ class GPT(nn.Module):
             rope = rotation(positions, self.config)
         for block in self.blocks[:-1]:
             x = block(x, mask, rope, cache)
+        # The last block computes only what is read.
         x = self.blocks[-1](x, mask, rope, cache, wanted)                   # (B, T, C) or (N, C)
         if cache is not None:
             cache.length += tokens.shape[1]
@@ -248,9 +249,9 @@ class GPT(nn.Module):
                                                temperature, equal_weights)                 # (N,)
         return tuple(x.new_zeros(tokens.shape).masked_scatter(mask, x) for x in (logprobs, entropy))
 
-    def likelihood(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """log π of the tokens where mask is 1, (B, T), for a loss that is a mean of them: with one
-        weight for all tokens, half of the work of `logprobs` need not be done twice."""
+    def loglikelihood(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """`logprobs` without the entropy, (B, T), for a loss that weighs all tokens alike, as a
+        mean does: such a loss lets the kernel form gradients on the way, in half of the time."""
         return self.logprobs(tokens, mask, equal_weights=True)[0]
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 1.0,

@@ -111,7 +111,7 @@ def train(config: Config) -> dict:
     for step in run.steps(config.steps, tokenizer, model=model, optimizer=optimizer):
         windows, mask = text.random_windows(config.batch_size, window, run.generator)
         for tokens, mask in run.passes(windows, mask):                      # (b, T) each
-            logprobs = model.likelihood(tokens, mask)                       # (b, T)
+            logprobs = model.loglikelihood(tokens, mask)                       # (b, T)
             loss = pretraining_loss(logprobs, mask)
             run.backward(loss, weight=len(tokens) / config.batch_size, loss=loss)
         lr = learning_rate(step, config.steps, config.lr, config.warmup)

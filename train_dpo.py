@@ -9,8 +9,8 @@ and put into the Bradley–Terry model, the unknown normaliser cancels between t
 reward model, no sampling.
 
 A ranking gives all its C(K,2) pairs from one forward pass over its prompt and K responses
-(→ ranking_dpo_loss), as in the reward model's loss. Differences from the paper: that, and AdamW
-instead of RMSprop.
+(→ ranking_dpo_loss), as in the reward model's loss. Differences from the paper: that, AdamW instead
+of RMSprop, and batches that are the same in every epoch, in another order.
 
     python train_dpo.py --preset tinytown --init out/tinytown/sft \\
                         --data out/tinytown/rank/rankings.jsonl --out out/tinytown/dpo
@@ -167,9 +167,9 @@ def train(config: Config) -> dict:
     batches = buckets(rows, config.batch_size, 1, run.draw, run.dealt)
     plan = [batch for _ in range(config.epochs)
             for batch in run.draw.sample(batches, len(batches))]
-    # The reference, once, up front, in the passes of training, so that step 1 repeats it.
-    passes = [part for batch in batches for part in run.passes(batch)]
-    for part in passes + [held_out[i:i + 32] for i in range(0, len(held_out), 32)]:
+    # π_ref, once and up front. The first step's passes repeat these, so its loss is log 2.
+    parts = [part for batch in batches for part in run.passes(batch)]
+    for part in parts + [held_out[i:i + 32] for i in range(0, len(held_out), 32)]:
         set_reference(policy, part, pad, run.device)
     optimizer = adamw(policy, config.lr, weight_decay=config.weight_decay)
     run.expect([[row.shape for row in batch] for batch in plan])
@@ -187,12 +187,12 @@ def train(config: Config) -> dict:
         lr = learning_rate(step, len(plan), config.lr, config.warmup)
         run.update({optimizer: lr}, batch)
         if run.due(config.eval_every):
-            looked = ranking_batches(held_out, pad, run.device)
-            found = evaluate(policy, looked, config.beta)
+            batches = ranking_batches(held_out, pad, run.device)
+            found = evaluate(policy, batches, config.beta)
             run.best(policy, found["loss"], **found)
 
-    held_out = ranking_batches(held_out, pad, run.device)
-    return run.finish(policy, **evaluate(policy, held_out, config.beta))
+    batches = ranking_batches(held_out, pad, run.device)
+    return run.finish(policy, **evaluate(policy, batches, config.beta))
 
 
 if __name__ == "__main__":

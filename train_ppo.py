@@ -52,7 +52,7 @@ class Config(Flags):
     inner_epochs: int = 1          # passes over a rollout (InstructGPT: 1; Ziegler et al.: 4)
     max_new_tokens: int = 48       # longest response
     temperature: float = 1.0       # of rollouts and of all log-probabilities, so without top-p
-    beta: float = 0.05             # KL coefficient (InstructGPT: 0.02)
+    beta: float = 0.05             # KL coefficient (InstructGPT: 0.02); constant without target_kl
     target_kl: float = 0.0         # nats a response; above 0, β adapts to it (Ziegler et al.: 6)
     horizon: int = 10_000          # episodes over which β adapts (Ziegler et al.: 10,000)
     max_kl: float = 100.0          # nats a response: beyond this KL the run stops
@@ -60,7 +60,7 @@ class Config(Flags):
     lam: float = 0.95              # λ of GAE (Ziegler et al.)
     cliprange: float = 0.2         # ε
     cliprange_value: float = 0.2   # ε_V
-    vf_coef: float = 0.1           # c_V
+    vf_coef: float = 0.1           # c_V; V has weights of its own: only clipping feels it
     ptx_coef: float = 1.0          # γ_ptx, times a mean over tokens (InstructGPT: 27.8); 0: PPO
     ptx_windows: int = 8           # windows of pretraining text a minibatch
     ptx_window: int = 64           # tokens of such a window
@@ -291,16 +291,16 @@ def rollout(run, policy: GPT, ref_policy: GPT, value_model: RewardModel, reward,
     rows = [response_row(prompt.ids, response.ids) for prompt, response, *_ in episodes]
     tokens, mask, _ = pad_rows(rows, tokenizer.pad, run.device)             # (B, T)
     numbers = torch.zeros(6, *tokens.shape, device=run.device)
-    batch = Rollout(episodes, scores, tokens, mask, *numbers)
+    batch = Rollout(episodes, scores, tokens, mask, *numbers)   # its last six are views of numbers
     for minibatch in batch.minibatches(config.minibatches):
-        for episodes in run.passes(minibatch):
-            at, x = batch.place(episodes), batch.part(episodes)             # (b, t)
+        for part in run.passes(minibatch):
+            at, x = batch.place(part), batch.part(part)                     # (b, t)
             batch.logprobs[at], batch.entropy[at] = policy.logprobs(
                 x.tokens, x.mask, config.temperature)
             batch.ref_logprobs[at], _ = ref_policy.logprobs(
                 x.tokens, x.mask, config.temperature)
             batch.values[at] = state_values(value_model, x.tokens, x.mask)
-    return Rollout(batch.episodes, scores, tokens, mask, *run.sum(numbers))
+    return Rollout(episodes, scores, tokens, mask, *run.sum(numbers))
 
 
 def ended_scores(reward, prompts: list[Prompt], responses: list[Response],
@@ -407,8 +407,9 @@ def train(config: Config, reward: Callable | None = None) -> dict:
     """
     run = start(config, LIMITS, NEEDED)
     policy, tokenizer = load_gpt(config.init)   # no dropout: the ratio would not start at 1
-    reward, critic = load_reward(reward or config.reward, tokenizer, run)
-    value_model = copy.deepcopy(critic) if critic else RewardModel(copy.deepcopy(policy))
+    reward, reward_model = load_reward(reward or config.reward, tokenizer, run)
+    # V starts as the reward model, as InstructGPT's, or else as the policy with a new head.
+    value_model = copy.deepcopy(reward_model or RewardModel(policy))
     ref_policy = run.reference(policy)
     policy, value_model = run.train(policy), run.train(value_model)
     context = policy.config.block_size
@@ -417,7 +418,7 @@ def train(config: Config, reward: Callable | None = None) -> dict:
     optimizer = adamw(policy, config.lr, weight_decay=0.0, eps=1e-5)
     value_optimizer = adamw(value_model, config.value_lr, weight_decay=0.0, eps=1e-5)
     peaks = {optimizer: config.lr, value_optimizer: config.value_lr}
-    now = {"beta": config.beta, "update": 0, "endless": 0}       # what else changes
+    now = {"beta": config.beta, "update": 0, "endless": 0}   # saved too, for --resume
     expect_memory(run, prompts, config)
 
     for step in run.steps(config.steps, tokenizer, policy=policy, value_model=value_model,
@@ -432,11 +433,12 @@ def train(config: Config, reward: Callable | None = None) -> dict:
         batch.advantages = whiten(advantages, batch.mask)
         kl = record(run, batch, rewards, now, config)
         # ----------------------------------- improve: L = L_π + c_V L_V + γ_ptx L_ptx
+        # Gradients add up until the update. Inner epochs repeat the same minibatches.
         minibatches = batch.minibatches(config.minibatches) * config.inner_epochs
         for index, minibatch in enumerate(minibatches):
             targets = sum(len(episode.response.ids) for episode in minibatch)
-            for episodes in run.passes(minibatch):
-                x = batch.part(episodes)                                    # (b, t)
+            for part in run.passes(minibatch):
+                x = batch.part(part)                                        # (b, t)
                 logprobs, _ = policy.logprobs(x.tokens, x.mask, config.temperature)
                 values = state_values(value_model, x.tokens, x.mask)
                 l_pi = policy_loss(logprobs, x.logprobs, x.advantages, x.mask,
@@ -444,15 +446,15 @@ def train(config: Config, reward: Callable | None = None) -> dict:
                 l_v = value_loss(values, x.values, x.returns, x.mask,
                                  config.cliprange_value)
                 loss = l_pi + config.vf_coef * l_v
-                clipped = clip_fraction(logprobs, x.logprobs, x.mask, config.cliprange)
+                fraction = clip_fraction(logprobs, x.logprobs, x.mask, config.cliprange)
                 if index == 0:
                     check_ratio(logprobs, x.logprobs)
                 run.backward(loss, weight=x.mask.sum() / targets, policy_loss=l_pi,
-                             value_loss=l_v, clip_fraction=clipped)
+                             value_loss=l_v, clip_fraction=fraction)
             if text:
                 tokens, mask = run.share(*text.random_windows(
                     config.ptx_windows, config.ptx_window, run.text_generator))  # (w, T)
-                l_ptx = pretraining_loss(policy.likelihood(tokens, mask), mask)
+                l_ptx = pretraining_loss(policy.loglikelihood(tokens, mask), mask)
                 loss = config.ptx_coef * l_ptx
                 run.backward(loss, weight=len(tokens) / config.ptx_windows,
                              pretraining_loss=l_ptx)

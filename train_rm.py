@@ -3,13 +3,12 @@
     P(y_w ≻ y_l | x) = σ(r_θ(x, y_w) − r_θ(x, y_l))                        (Bradley–Terry)
     L(θ) = −E_x [ 1/C(K,2) · Σ_{(w,l)} log σ(r_θ(x, y_w) − r_θ(x, y_l)) ]  → pairwise_loss,
                                                                              ranking_loss
-All C(K,2) pairs of a ranking come from one batch element: its prompt and its K responses are
-computed once and serve K(K−1)/2 comparisons, and every response is learned from once an epoch. The
-reward is a linear head on the last token's state of a copy of the SFT model.
+All C(K,2) pairs of a ranking come from one batch element: each of its K responses is computed once
+and serves K − 1 comparisons, and is learned from once an epoch. The reward is a linear head on the
+last token's state of a copy of the SFT model.
 
-Differences from InstructGPT: tied responses are left out of the sum (as there) but a ranking may
-carry a margin (Llama 2); the rest, one epoch and a bias that makes demonstrations average 0
-included, is the same.
+Difference from InstructGPT: a ranking may carry a margin (Llama 2). The rest is the same: tied
+responses are left out of the sum, there is one epoch, a bias makes demonstrations average 0.
 
     python train_rm.py --preset tinytown --init out/tinytown/sft \\
                        --data out/tinytown/rank/rankings.jsonl \\
@@ -35,7 +34,7 @@ class Config(Flags):
     val: str = ""                  # held-out rankings; empty: every tenth ranking of data
     fold: int = 0                  # which tenth is held out, 0 to 9 (cross-validation)
     clean: str = ""                # held-out rankings in the true order (Tinytown); only reported
-    demonstrations: str = ""       # their mean reward becomes 0; empty: every ranking's best
+    demonstrations: str = ""       # mean reward 0 for (1,000 of) these; empty: best responses
     init: str = ""                 # SFT checkpoint to copy; empty: a new small model
     out: str = "out/rm"            # folder for the checkpoint and metrics
     epochs: int = 1                # a second epoch overfits (InstructGPT); 0 only measures
@@ -145,11 +144,12 @@ def train(config: Config) -> dict:
     """Train on rankings and save. Returns accuracy and loss on held-out rankings, …"""
     run = start(config, LIMITS, NEEDED)
     gpt, tokenizer = load_gpt(config.init)
-    model, pad, context = run.train(RewardModel(gpt)), tokenizer.pad, gpt.config.block_size
+    model = run.train(RewardModel(gpt))
+    pad, context = tokenizer.pad, gpt.config.block_size
     rows, held_out = ranking_splits(config.data, config.val, tokenizer, context,
                                     config.fold, config.max_tokens)
-    zero = bias_batches(config.demonstrations, rows, tokenizer, context,
-                        config.max_tokens, run.device)
+    demonstrations = bias_batches(config.demonstrations, rows, tokenizer, context,
+                                  config.max_tokens, run.device)
     plan = buckets(rows, config.batch_size, config.epochs, run.draw, run.dealt)
     optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
     run.expect([[row.shape for row in batch] for batch in plan])
@@ -165,16 +165,16 @@ def train(config: Config) -> dict:
         lr = learning_rate(step, len(plan), config.lr, config.warmup)
         run.update({optimizer: lr}, batch)
         if run.due(config.eval_every):
-            set_bias(model, zero)
+            set_bias(model, demonstrations)
             found = evaluate(model, ranking_batches(held_out, pad, run.device))
             run.best(model, found["loss"], **found)
 
-    set_bias(model, zero)
+    set_bias(model, demonstrations)
     final = evaluate(model, ranking_batches(held_out, pad, run.device))
     if config.clean:
         clean = read_ranking_rows(config.clean, tokenizer, context, config.max_tokens)
-        clean = evaluate(model, ranking_batches(clean, pad, run.device))
-        final["accuracy_clean"] = clean["accuracy"]
+        found = evaluate(model, ranking_batches(clean, pad, run.device))
+        final["accuracy_clean"] = found["accuracy"]
     return run.finish(model, **final)
 
 

@@ -1,10 +1,11 @@
 """Stage 1, instruction tuning (SFT): the model imitates demonstrations of good answers.
 
     L(θ) = −Σ_{t ∈ response} log π_θ(x_t | x_<t) / N                       → sft_loss
-    N = response tokens in the step, end tokens included; the prompt is context, never a target
+    N = response tokens in the step. Every assistant turn is a response, its end token included;
+        the rest is context, never a target                                → Tokenizer.render
 
-With `--ptx_data` the step also sees plain text, as InstructGPT did for the model that PPO starts
-from: otherwise what was learned in pretraining is forgotten here already.
+With `--ptx_data` the step adds the pretraining loss of plain text, as InstructGPT did for the model
+that PPO starts from: otherwise what was learned in pretraining is forgotten here already.
 
 Differences from InstructGPT: none in the objective. The schedule of `--preset lima` is LIMA's
 (AdamW β = (0.9, 0.95), weight decay 0.1, no warm-up, linear decay to a tenth, end-of-turn token,
@@ -108,12 +109,12 @@ def train(config: Config) -> dict:
         targets = max(1, sum(sum(row.mask) for row in batch))     # of the whole step
         for part in run.passes(batch):
             tokens, mask, _ = pad_rows(part, tokenizer.pad, run.device)     # (b, T)
-            loss = sft_loss(model.likelihood(tokens, mask), mask)
+            loss = sft_loss(model.loglikelihood(tokens, mask), mask)
             run.backward(loss, weight=mask.sum() / targets, loss=loss)
         if text:
-            tokens, mask = run.share(*text.random_windows(
+            tokens, mask = run.share(*text.random_windows(           # in one pass
                 config.ptx_windows, config.ptx_window, run.text_generator))
-            loss = pretraining_loss(model.likelihood(tokens, mask), mask)
+            loss = pretraining_loss(model.loglikelihood(tokens, mask), mask)
             run.backward(loss, weight=len(tokens) / config.ptx_windows,
                          pretraining_loss=loss)
         lr = learning_rate(step, len(plan), config.lr, config.warmup, config.final_lr,

@@ -35,7 +35,7 @@ class Flags(DeviceFlags):
     """Flags of every training script."""
     out: str = "out"               # folder for the checkpoint and metrics
     micro_batch: int = 0           # rows a forward pass; 0: all of a step's at once
-    max_norm: float = 1.0          # gradient clipping
+    max_norm: float = 1.0          # norm to which each optimizer's gradient is clipped
     save_every: int = 0            # steps between states for --resume; 0: every ten minutes
     resume: bool = False           # go on from the last state in out
     shard: bool = False            # torchrun: each process keeps a part of weights and moments

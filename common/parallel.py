@@ -6,7 +6,7 @@
     place(model, …)       a model on this process's device; with --shard, only its part of it
 
 Every process reads the same data and draws the same random numbers, so each knows the whole batch
-of a step and divides its loss by the whole batch's tokens, pairs or windows; gradients are then
+of a step and divides its loss by the whole batch's tokens, rankings or windows; gradients are then
 sums over processes (`sum_gradients`), not means. Rank 0 alone writes. In a run of one process all
 of this does nothing.
 """

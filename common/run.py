@@ -84,11 +84,11 @@ class Run:
         """What the model is before it learns: a copy, or, with --lora_rank, itself unadapted."""
         return Reference(model) if self.lora_rank else self.freeze(copy.deepcopy(model))
 
-    def expect(self, plan: list[list[tuple[int, int]]], **sampling) -> None:
+    def expect(self, plan: list[list[tuple[int, int]]], **more) -> None:
         """Say how much memory the run will take; InputError if there is far less. plan: the (rows,
-        tokens) of every batch's items. sampling: as `report_memory`."""
+        tokens) of every batch's items. more: as `report_memory`."""
         tokens = most_tokens(plan, self.config.micro_batch)
-        report_memory(tokens, self.trained, self.frozen, **sampling)
+        report_memory(tokens, self.trained, self.frozen, **more)
 
     # ----------------------------------------------------------------------- steps
 
@@ -127,7 +127,7 @@ class Run:
 
     def map(self, function, *rows, model=None) -> list:
         """What `function(*rows)` makes of the rows, one item a row: every process computes its
-        share, then all have the whole. model: one whose weights `function` needs together."""
+        share, then all have the whole. model: one whose sharded weights are whole meanwhile."""
         with unsharded(model):
             return all_gather(list(function(*(share(each) for each in rows))))
 
@@ -136,8 +136,8 @@ class Run:
         return all_reduce(numbers)
 
     def backward(self, objective: torch.Tensor, weight=1.0, **shown) -> None:
-        """Add the gradient of weight · objective. The weights of an update's passes, in all
-        processes, add up to 1: so means over passes become the mean over the whole batch.
+        """Add the gradient of weight · objective, which is minimised. The weights of an update's
+        passes, in all processes, add up to 1: means over passes become the whole batch's mean.
 
         shown: numbers for the log, each a mean, weighted likewise, or a ratio as (sum, count).
         """
@@ -152,8 +152,8 @@ class Run:
 
     def update(self, rates: dict[torch.optim.Optimizer, float], batch) -> None:
         """Move the weights along the gradients of all processes, clipped to --max_norm. Where one
-        is not finite nothing moves: InputError, and the batch is in OUT/bad_batch.json. batch:
-        rows that have `ids`, or a tensor of ids."""
+        is not finite nothing moves: InputError, and the batch is in OUT/bad_batch.json. batch: for
+        that, and to count tokens; rows that have `ids`, or a tensor."""
         try:
             norm = take_step(rates, self.scaler, self.config.max_norm, all_reduce(self.objective))
         except FloatingPointError as error:

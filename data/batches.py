@@ -268,7 +268,7 @@ def bias_batches(demonstrations: str, rankings: list[RankingRow], tokenizer: Tok
 
 @dataclass(frozen=True, slots=True)
 class RankingBatch:
-    """B rankings of up to K responses, each prompt and each response computed once.
+    """B rankings of up to K responses, each response computed once, a prompt once a row.
 
         one row:   prompt … | <|assistant|> response 1 | <|assistant|> response 2 | …
 
