@@ -1,4 +1,5 @@
-"""Generated tokens a second: 64 new tokens after prompts of 64, temperature 0.7, no top-k, against `transformers`.
+"""Generated tokens a second: 64 new tokens after prompts of 64, temperature 0.7, no top-k, against
+`transformers`.
 
     python -m bench.generation [--size "0.86 M"]
 """
@@ -24,8 +25,9 @@ def ours(size: str) -> GPT:
 
 def theirs(size: str) -> GPT2LMHeadModel:
     layers, heads, width, vocabulary, context = SIZES[size]
-    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width, vocab_size=vocabulary, n_positions=context,
-                                       resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=None)).eval()
+    model = GPT2LMHeadModel(GPT2Config(
+        n_layer=layers, n_head=heads, n_embd=width, vocab_size=vocabulary, n_positions=context,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=None)).eval()
     model.generation_config.eos_token_id = None
     return model
 
@@ -39,37 +41,43 @@ def main(sizes: list[str]) -> None:
         model, peer = ours(size), theirs(size)
 
         def generate(dtype=torch.float32):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                responses = model.generate(rows, NEW, temperature=0.7)
+            model.compute_dtype = dtype
+            responses = model.generate(rows, NEW, temperature=0.7)
             assert all(len(response) == NEW for response in responses)
 
         @torch.no_grad()
         def peer_generate(network=peer):
-            out = network.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=0.7, top_k=0,
-                                   max_new_tokens=NEW, pad_token_id=0)
+            out = network.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True,
+                                   temperature=0.7, top_k=0, max_new_tokens=NEW, pad_token_id=0)
             assert out.shape[1] == PROMPT + NEW
 
         seconds = interleave({"ours": generate, "transformers": peer_generate}, ROUNDS[size])
-        emit(row(f"generation {size}, batch {batch}, fp32 both", "transformers generate", seconds["ours"],
-                 seconds["transformers"], batch * NEW, "tokens/s", *BARS["fp32"].get(size, (None, None))))
+        emit(row(f"generation {size}, batch {batch}, fp32 both", "transformers generate",
+                 seconds["ours"], seconds["transformers"], batch * NEW, "tokens/s",
+                 *BARS["fp32"].get(size, (None, None))))
         if size == "0.86 M":
             continue
         if not has_bf16():
             why = "this CPU has no bf16 instructions"
-            emit(missing(f"generation {size}, batch {batch}, bf16 both", "transformers generate", why, *BARS["bf16"][size]))
-            emit(row(f"generation {size}, ours at its best (fp32 here: {why}), theirs by default", "transformers generate",
-                     seconds["ours"], seconds["transformers"], batch * NEW, "tokens/s", *BARS["best"][size]))
+            emit(missing(f"generation {size}, batch {batch}, bf16 both", "transformers generate",
+                         why, *BARS["bf16"][size]))
+            emit(row(f"generation {size}, ours at its best (fp32 here: {why}), theirs by default",
+                     "transformers generate", seconds["ours"], seconds["transformers"], batch * NEW,
+                     "tokens/s", *BARS["best"][size]))
             continue
         low = theirs(size).bfloat16()
-        seconds = interleave({"ours": lambda: generate(torch.bfloat16), "bf16": lambda: peer_generate(low),
+        seconds = interleave({"ours": lambda: generate(torch.bfloat16),
+                              "bf16": lambda: peer_generate(low),
                               "fp32": peer_generate}, ROUNDS[size])
-        emit(row(f"generation {size}, batch {batch}, bf16 both", "transformers generate", seconds["ours"], seconds["bf16"],
-                 batch * NEW, "tokens/s", *BARS["bf16"][size]))
-        emit(row(f"generation {size}, ours at its best (bf16), theirs by default", "transformers generate", seconds["ours"],
-                 seconds["fp32"], batch * NEW, "tokens/s", *BARS["best"][size]))
+        emit(row(f"generation {size}, batch {batch}, bf16 both", "transformers generate",
+                 seconds["ours"], seconds["bf16"], batch * NEW, "tokens/s", *BARS["bf16"][size]))
+        emit(row(f"generation {size}, ours at its best (bf16), theirs by default",
+                 "transformers generate", seconds["ours"], seconds["fp32"], batch * NEW,
+                 "tokens/s", *BARS["best"][size]))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), action="append")
     main(parser.parse_args().size or list(SIZES))

@@ -1,8 +1,10 @@
-"""On a GPU: check every kernel against float64, then time kernels, training, generation and a PPO step. One command.
+"""On a GPU: check every kernel against float64, then time kernels, training, generation and a PPO
+step. One command.
 
     python -m bench.gpu           writes bench/GPU.md and prints it; under eight minutes
 
-Peers for the kernel: whole logits with F.cross_entropy, PyTorch's linear_cross_entropy, and Liger where it is installed.
+Peers for the kernel: whole logits with F.cross_entropy, PyTorch's linear_cross_entropy with and
+without its chunks, and Liger where it is installed.
 """
 import statistics
 import sys
@@ -15,8 +17,9 @@ import torch.nn.functional as F
 
 import kernels
 import train_ppo
+from bench.kernel import PYTORCH
 from bench.trainers_data import checkpoints, written
-from common import adamw
+from common.run import adamw
 from model import GPT, GPTConfig
 from train_base import pretraining_loss
 
@@ -53,11 +56,21 @@ def peak(function) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
 
+def relative_errors(found: tuple, exact: tuple) -> list[float]:
+    """‖x − y‖ / ‖y‖ of each tensor."""
+    return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(found, exact)]
+
+
+def short(errors: list[float]) -> str:
+    return ", ".join(f"{error:.1e}" for error in errors)
+
+
 def check_kernels() -> None:
-    """Errors of the Triton pair against float64, beside those of plain PyTorch at the same precision."""
+    """Errors of the Triton pair against float64, beside those of plain PyTorch at its precision."""
     for N, C, V in ((1, 64, 50257), (333, 768, 50257), (2048, 128, 1025)):
         torch.manual_seed(N)
-        hidden, weight = torch.randn(N, C, device="cuda").bfloat16(), (0.1 * torch.randn(V, C, device="cuda")).bfloat16()
+        hidden = torch.randn(N, C, device="cuda").bfloat16()
+        weight = (0.1 * torch.randn(V, C, device="cuda")).bfloat16()
         targets, upstream = torch.randint(V, (N,), device="cuda"), torch.randn(2, N, device="cuda")
 
         def run(function, h, w, up):
@@ -68,11 +81,12 @@ def check_kernels() -> None:
 
         found = run(kernels.token_logprobs, hidden, weight, upstream)
         plain = run(kernels.token_logprobs_reference, hidden, weight, upstream)
-        exact = run(kernels.token_logprobs_reference, hidden.double(), weight.double(), upstream.double())
-        errors = [[((x.double() - y).norm() / y.norm()).item() for x, y in zip(result, exact)] for result in (found, plain)]
-        right = all(mine <= 2 * theirs for mine, theirs in zip(*errors))
-        say(f"token_logprobs {N} × {C} × {V}, error against float64", "log p, entropy, ∂hidden, ∂weight",
-            ", ".join(f"{e:.1e}" for e in errors[0]), "plain bf16: " + ", ".join(f"{e:.1e}" for e in errors[1]),
+        exact = run(kernels.token_logprobs_reference, hidden.double(), weight.double(),
+                    upstream.double())
+        ours, theirs = relative_errors(found, exact), relative_errors(plain, exact)
+        right = all(mine <= 2 * plain_error for mine, plain_error in zip(ours, theirs))
+        say(f"token_logprobs {N} × {C} × {V}, error against float64",
+            "log p, entropy, ∂hidden, ∂weight", short(ours), "plain bf16: " + short(theirs),
             "right" if right else "WRONG")
 
 
@@ -83,26 +97,30 @@ def time_kernels() -> None:
     hidden = torch.randn(N, C, device="cuda").bfloat16().requires_grad_()
     weight = (0.02 * torch.randn(VOCABULARY, C, device="cuda")).bfloat16().requires_grad_()
     targets = torch.randint(VOCABULARY, (N,), device="cuda")
-    contestants = {"ours": lambda: -kernels.token_logprobs(hidden, weight, targets)[0].mean(),
-                   "F.cross_entropy": lambda: F.cross_entropy((hidden @ weight.T).float(), targets)}
-    if hasattr(F, "linear_cross_entropy"):
-        contestants["F.linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, weight, targets)
+
+    def ours(hidden, weight, targets):
+        return -kernels.token_logprobs(hidden, weight, targets)[0].mean()
+
+    def whole_logits(hidden, weight, targets):
+        return F.cross_entropy((hidden @ weight.T).float(), targets)
+
+    contestants = {"ours": ours, "F.cross_entropy on whole logits": whole_logits, **PYTORCH}
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
         liger = LigerFusedLinearCrossEntropyLoss()
-        contestants["Liger"] = lambda: liger(weight, hidden, targets)
+        contestants["Liger"] = lambda hidden, weight, targets: liger(weight, hidden, targets)
     except ImportError:
         pass
 
     def step(loss):
         def run():
-            loss().backward()
+            loss(hidden, weight, targets).backward()
             hidden.grad = weight.grad = None
         return run
 
     for name, loss in contestants.items():
-        say(f"head, {N} tokens × {VOCABULARY}, bf16, forward + backward", name, f"{seconds(step(loss)) * 1e3:.2f} ms",
-            f"{peak(step(loss)):.0f} MiB", "")
+        say(f"head, {N} tokens × {VOCABULARY}, bf16, forward + backward", name,
+            f"{seconds(step(loss)) * 1e3:.2f} ms", f"{peak(step(loss)):.0f} MiB", "")
 
 
 def matmul_rate() -> float:
@@ -123,6 +141,7 @@ def training(rate: float) -> None:
     for name, (layers, heads, width) in SIZES.items():
         for compiled in (False, True):
             model = GPT(GPTConfig(CONTEXT, VOCABULARY, layers, heads, width)).cuda()
+            model.compute_dtype = torch.bfloat16
             if compiled:
                 for block in model.blocks:
                     block.compile()
@@ -132,30 +151,31 @@ def training(rate: float) -> None:
             mask[:, 0] = False
 
             def step():
-                with torch.autocast("cuda", torch.bfloat16):
-                    logprobs, _ = model.logprobs(tokens, mask, equal_weights=True)
-                pretraining_loss(logprobs, mask).backward()
+                pretraining_loss(model.loglikelihood(tokens, mask), mask).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
             took = seconds(step, 5)
             weights = layers * 12 * width ** 2 + VOCABULARY * width
             flops = tokens.numel() * (6 * weights + 12 * layers * width * CONTEXT)
-            say(f"training step {name}, 8 × {CONTEXT}, bf16" + (", compiled" if compiled else ""), "",
-                f"{tokens.numel() / took:,.0f} tokens/s", f"{peak(step):,.0f} MiB",
+            say(f"training step {name}, 8 × {CONTEXT}, bf16" + (", compiled" if compiled else ""),
+                "", f"{tokens.numel() / took:,.0f} tokens/s", f"{peak(step):,.0f} MiB",
                 f"{flops / took / rate:.0%} of a matrix product ({rate / 1e12:.0f} TFLOP/s)")
 
 
 def generation(rate: float) -> None:
-    """64 new tokens after 64, bf16 weights; the limit is reading all weights and the cache once a step."""
+    """64 new tokens after 64, bf16 weights; the limit is to read all weights and the cache once a
+    step."""
     layers, heads, width = SIZES["124 M"]
     model = GPT(GPTConfig(CONTEXT, VOCABULARY, layers, heads, width)).cuda().bfloat16().eval()
     for batch in (1, 16, 64):
         prompts = torch.randint(1, 50000, (batch, 64)).tolist()
         took = seconds(lambda: model.generate(prompts, 64, temperature=0.7), 3)
-        moved = sum(p.numel() for p in model.parameters()) * 2 + batch * 96 * layers * 2 * width * 2
+        weights = 2 * sum(p.numel() for p in model.parameters())               # bytes in bf16
+        cache = 2 * batch * 96 * layers * 2 * width         # keys and values of 96 tokens, the mean
         say(f"generation 124 M, batch {batch}, bf16", "", f"{batch * 64 / took:,.0f} tokens/s", "",
-            f"{64 * moved / rate / took:.0%} of the bandwidth limit ({rate / 1e9:.0f} GB/s)")
+            f"{64 * (weights + cache) / rate / took:.0%} of the bandwidth limit "
+            f"({rate / 1e9:.0f} GB/s)")
 
 
 def ppo() -> None:
@@ -165,9 +185,10 @@ def ppo() -> None:
     checkpoints(folder)
     steps = 6
     start = time.perf_counter()
-    train_ppo.train(train_ppo.Config(data=(str(pairs),), init=str(folder / "sft"), reward=str(folder / "rm"),
-                                     out=str(folder / "ppo"), steps=steps, batch_size=256, minibatches=1, inner_epochs=4,
-                                     max_new_tokens=32, ptx_coef=0.0, device="cuda"))
+    train_ppo.train(train_ppo.Config(
+        data=(str(pairs),), init=str(folder / "sft"), reward=str(folder / "rm"),
+        out=str(folder / "ppo"), steps=steps, batch_size=256, minibatches=1, inner_epochs=4,
+        max_new_tokens=32, ptx_coef=0.0, device="cuda"))
     say("PPO, 256 episodes of 64 + 32 tokens, 4 inner epochs", "whole run, loading included",
         f"{steps * 256 / (time.perf_counter() - start):,.0f} episodes/s", "", "")
 
@@ -183,7 +204,8 @@ def main() -> None:
     training(rate)
     generation(bandwidth())
     ppo()
-    text = f"{torch.cuda.get_device_name()}, torch {torch.__version__}. `python -m bench.gpu`.\n\n" + "\n".join(LINES) + "\n"
+    text = (f"{torch.cuda.get_device_name()}, torch {torch.__version__}. "
+            "`python -m bench.gpu`.\n\n" + "\n".join(LINES) + "\n")
     (Path(__file__).parent / "GPU.md").write_text(text)
     print(text)
 

@@ -1,7 +1,8 @@
-"""How the time of a training step grows with model size, tokens a row, rows and K, and its peak memory.
+"""How the time of a training step grows with model size, tokens a row, rows and K; and its peak
+memory.
 
-    python -m bench.scaling
-    python -m bench.scaling --one '{"size": "0.86 M", "rows": 16, "length": 256}'       one case in this process
+    python -m bench.scaling                        every case, each in a process of its own
+    python -m bench.scaling --one '{"size": "0.86 M", "rows": 16, "length": 256}'   one of them
 """
 import argparse
 import json
@@ -15,63 +16,89 @@ import torch
 
 from bench.compare import SIZES, emit, matmul_rate, training_flops
 from bench.kernel import resident
-from common import adamw
-from data.batches import ranking_batch
-from data.readers import Ranking
+from common.run import adamw
+from data.batches import RankingRow, ranking_batch
 from model import GPT, GPTConfig, RewardModel
 from train_base import pretraining_loss
 from train_rm import ranking_loss, ranking_rewards
 
 BASE = dict(size="0.86 M", rows=16, length=128)
 CASES = ([dict(BASE)] + [dict(BASE, size="30 M", rows=4)] + [dict(BASE, size="124 M", rows=4)]
-         + [dict(BASE, length=length) for length in (32, 64, 256)] + [dict(BASE, rows=rows) for rows in (1, 4, 64)]
+         + [dict(BASE, length=length) for length in (32, 64, 256)]
+         + [dict(BASE, rows=rows) for rows in (1, 4, 64)]
          + [dict(BASE, K=K, rows=4) for K in (2, 4, 9)])
 
 
+def windows(rows: int, length: int):
+    """(loss of a language model on random windows, their tokens)."""
+    tokens = torch.randint(0, 500, (rows, length))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+
+    def loss(model: GPT) -> torch.Tensor:
+        return pretraining_loss(model.loglikelihood(tokens, mask), mask)
+    return loss, tokens.numel()
+
+
+def rankings(rows: int, length: int, K: int):
+    """(loss of a reward model on random rankings, their tokens). Half of `length` is the prompt,
+    the other half each response."""
+    draw = random.Random(0)
+
+    def half() -> list[int]:
+        return [draw.randrange(500) for _ in range(length // 2)]
+
+    scores = [float(k) for k in range(K)]
+    batch = ranking_batch([RankingRow(half(), [half() for _ in range(K)], scores)
+                           for _ in range(rows)], pad=0)
+
+    def loss(model: RewardModel) -> torch.Tensor:
+        return ranking_loss(ranking_rewards(model, batch), batch.scores, batch.mask)
+    return loss, batch.tokens.numel()
+
+
 def one(case: dict) -> None:
-    """Print seconds, tokens a second, share of the machine's matrix product, and MiB of the whole process."""
+    """Print seconds, tokens a second, share of the machine's matrix product, and MiB of the
+    process."""
     torch.manual_seed(0)
     layers, heads, width, vocabulary, context = SIZES[case["size"]]
     model = GPT(GPTConfig(context, vocabulary, layers, heads, width))
     K, rows, length = case.get("K", 0), case["rows"], case["length"]
-    if K:                                          # prompt: half of `length`; each response: the other half
-        draw = random.Random(0)
-        tokens = lambda n: [draw.randrange(500) for _ in range(n)]                       # noqa: E731
-        rankings = [Ranking([], [""] * K, [float(k) for k in range(K)]) for _ in range(rows)]
-        batch = ranking_batch(rankings, [(tokens(length // 2), [tokens(length // 2) for _ in range(K)]) for _ in range(rows)], 0)
+    if K:
         model = RewardModel(model)
-        loss = lambda: ranking_loss(ranking_rewards(model, batch), batch.scores, batch.mask)          # noqa: E731
-        count = batch.tokens.numel()
+        loss, tokens = rankings(rows, length, K)
     else:
-        text = torch.randint(0, 500, (rows, length))
-        mask = torch.ones_like(text, dtype=torch.bool)
-        mask[:, 0] = False
-        loss = lambda: pretraining_loss(model.logprobs(text, mask, equal_weights=True)[0], mask)                          # noqa: E731
-        count = text.numel()
+        loss, tokens = windows(rows, length)
     optimizer = adamw(model, 1e-4)
     times = []
-    while len(times) < 7:
+    for _ in range(7):
         start = time.perf_counter()
-        loss().backward()
+        loss(model).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])
-    share = None if K else round(training_flops(case["size"], count, length) / seconds / matmul_rate(), 3)
-    print(json.dumps({**case, "tokens": count, "seconds": round(seconds, 4), "tokens_per_second": round(count / seconds),
-                      "flop_utilisation": share, "peak_MiB": round(resident("VmHWM"))}))
+    seconds = statistics.median(times[2:])                      # the first two warm up
+    share = None
+    if not K:
+        share = training_flops(case["size"], tokens, length) / seconds / matmul_rate()
+        share = round(share, 3)
+    print(json.dumps({**case, "tokens": tokens, "seconds": round(seconds, 4),
+                      "tokens_per_second": round(tokens / seconds), "flop_utilisation": share,
+                      "peak_MiB": round(resident("VmHWM"))}))
 
 
 def main() -> None:
     for case in CASES:
-        line = subprocess.run([sys.executable, "-m", "bench.scaling", "--one", json.dumps(case)], capture_output=True, text=True,
-                              check=True).stdout.strip().splitlines()[-1]
+        done = subprocess.run([sys.executable, "-m", "bench.scaling", "--one", json.dumps(case)],
+                              stdout=subprocess.PIPE, text=True, check=True)
+        line = done.stdout.strip().splitlines()[-1]
         print(line, file=sys.stderr)
         emit({"scaling": json.loads(line)})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", type=json.loads)
     case = parser.parse_args().one
     one(case) if case else main()

@@ -5,16 +5,17 @@ from pathlib import Path
 
 import train_rm
 import train_sft
-from checkpoint import save_checkpoint
-from data.tokenizer import get_tokenizer
+from common.run import save_model
+from data.tokenizer import SPECIALS, get_tokenizer
 from model import GPT, GPTConfig, RewardModel
 
 LAYERS = HEADS = 4
 WIDTH, CONTEXT = 128, 256
 PROMPT = RESPONSE = 64                        # tokens, those of the chat template included
 TOKENIZER = get_tokenizer("tinytown")
-WORDS = [w for w in (TOKENIZER.decode([id]) for id in range(TOKENIZER.encoding.n_vocab - 6))
-         if w.startswith(" ") and w[1:].isalpha() and len(TOKENIZER.encode(w)) == 1]
+ORDINARY = range(TOKENIZER.encoding.n_vocab - len(SPECIALS))          # ids of text
+WORDS = [word for word in (TOKENIZER.decode([id]) for id in ORDINARY)
+         if word.startswith(" ") and word[1:].isalpha() and len(TOKENIZER.encode(word)) == 1]
 
 
 def text(draw: random.Random, tokens: int) -> str:
@@ -25,8 +26,8 @@ def text(draw: random.Random, tokens: int) -> str:
 def written(folder: Path, count: int) -> tuple[Path, Path, list[dict]]:
     """(file of pairs, file of one pair, the pairs)."""
     draw = random.Random(0)
-    rows = [{"prompt": text(draw, PROMPT - 3), "chosen": text(draw, RESPONSE - 1), "rejected": text(draw, RESPONSE - 1)}
-            for _ in range(count)]
+    rows = [{"prompt": text(draw, PROMPT - 3), "chosen": text(draw, RESPONSE - 1),
+             "rejected": text(draw, RESPONSE - 1)} for _ in range(count)]
     for name, part in (("pairs.jsonl", rows), ("one.jsonl", rows[:1])):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder / "pairs.jsonl", folder / "one.jsonl", rows
@@ -35,5 +36,5 @@ def written(folder: Path, count: int) -> tuple[Path, Path, list[dict]]:
 def checkpoints(folder: Path) -> None:
     """A random language model and reward model for our scripts to start from."""
     gpt = GPT(GPTConfig(CONTEXT, TOKENIZER.vocab_size, LAYERS, HEADS, WIDTH))
-    save_checkpoint(folder / "sft", gpt, "language model", train_sft.Config(), tokenizer="tinytown")
-    save_checkpoint(folder / "rm", RewardModel(gpt), "reward model", train_rm.Config(), tokenizer="tinytown")
+    save_model(folder / "sft", gpt, train_sft.Config(), TOKENIZER)
+    save_model(folder / "rm", RewardModel(gpt), train_rm.Config(), TOKENIZER)
