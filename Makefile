@@ -1,5 +1,7 @@
 # make run     the whole line on Tinytown, about eight minutes on two CPU cores;
 #              SEED=2 OUT=out/tinytown-2 for another seed
+# make seeds   every claim on four seeds, with a larger base beside, over an hour
+# make lectures  after make run: the larger base, and doses of the KL penalty and of the mix
 # make test    the tests, about four minutes
 # make smollm2 install SmolLM2-135M-Instruct: afterwards every script takes --init smollm2
 # make bench   the benchmark against transformers and TRL, about half an hour;
@@ -12,6 +14,12 @@ export OUT ?= out/tinytown
 
 run: .venv/ready
 	PYTHON=$(BIN)/python bash runs/tinytown.sh
+
+seeds: .venv/ready
+	PYTHON=$(BIN)/python bash runs/seeds.sh
+
+lectures: .venv/ready
+	PYTHON=$(BIN)/python bash runs/lectures.sh
 
 test: .venv/test
 	$(BIN)/python -m pytest -q
@@ -42,4 +50,4 @@ smollm2: .venv/ready
 clean:
 	rm -rf .venv out
 
-.PHONY: run test bench smollm2 clean
+.PHONY: run seeds lectures test bench smollm2 clean

@@ -37,18 +37,20 @@ Reward = Callable[[list[Prompt], list[Response]], list[float]]
 # ----------------------------------------------------------------------------- sampling
 
 def respond(model: GPT, prompts: list[Prompt], tokenizer: Tokenizer, max_new_tokens: int, *,
-            seed: int, title: str = "", batch_size: int = 512, **sampling) -> list[Response]:
+            seed: int, title: str = "", batch_size: int = 512, stop: int | None = None,
+            **sampling) -> list[Response]:
     """A response to each of any number of prompts, in batches of similar length, with a progress
-    bar if it has a title. seed: of the random numbers that choose the tokens. sampling: as
-    `GPT.generate`."""
+    bar if it has a title. seed: of the random numbers that choose the tokens. stop: the id that
+    ends a response; None: the chat's end token. sampling: as `GPT.generate`."""
+    stop = tokenizer.end if stop is None else stop
     responses: list[Response] = [None] * len(prompts)
     sampling["generator"] = torch.Generator(model.wte.weight.device).manual_seed(seed)
     with progress(len(prompts), title, "response", quiet=not title) as bar:
         for places in by_length(prompts, batch_size):
             asked = [prompts[i].ids for i in places]
-            ids = model.generate(asked, max_new_tokens, stop_token=tokenizer.end, **sampling)
+            ids = model.generate(asked, max_new_tokens, stop_token=stop, **sampling)
             for i, answer in zip(places, ids):
-                responses[i] = Response(answer, *tokenizer.response_text(answer))
+                responses[i] = Response(answer, *tokenizer.response_text(answer, stop))
             bar.update(len(places))
     return responses
 

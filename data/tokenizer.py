@@ -135,10 +135,10 @@ class Tokenizer:
         """Ids of a conversation up to where the assistant's answer begins."""
         return [*self.render(messages)[0], *self.opening]
 
-    def response_text(self, ids: list[int]) -> tuple[str, bool]:
-        """(text before the first end token, whether there is one)."""
-        ended = self.end in ids
-        return self.decode(ids[:ids.index(self.end)] if ended else ids), ended
+    def response_text(self, ids: list[int], stop: int | None = None) -> tuple[str, bool]:
+        """(text before the first end token, whether there is one). stop: another end token."""
+        stop = self.end if stop is None else stop
+        return self.decode(ids[:ids.index(stop)] if stop in ids else ids), stop in ids
 
 
 @lru_cache(maxsize=None)

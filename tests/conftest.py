@@ -4,6 +4,7 @@ Torch has one thread: the models here are so small that threads would only wait 
 """
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,18 @@ def town(tmp_path_factory) -> Path:
     import train_rm
     import train_sft
     from data.tinytown import rank
-    from data.tinytown import town as tinytown
+    from data.tinytown.talk import document
+    from data.tinytown.teachers import demonstrations
+    from data.tinytown.town import harmful_prompts, prompts
     run = tmp_path_factory.mktemp("town")
     (run / "data").mkdir()
-    draw = tinytown.random.Random(0)
-    texts = [tinytown.document(draw) for _ in range(400)]
+    draw = random.Random(0)
+    texts = [document(draw) for _ in range(400)]
     (run / "data/base.txt").write_text("\n<|endoftext|>\n".join(texts))
     (run / "data/base_val.txt").write_text("\n<|endoftext|>\n".join(texts[:40]))
-    rows = {"sft": tinytown.demonstrations("sft", 150, 0), "rank": tinytown.prompts("rank", 20, 0),
-            "rl": tinytown.prompts("rl", 30, 0),
-            "test": tinytown.prompts("test", 16, 0, unique=True)}
+    rows = {"sft": demonstrations("sft", 150, 0), "rank": prompts("rank", 20, 0),
+            "rank_val": prompts("val", 6, 0), "rl": prompts("rl", 30, 0),
+            "test": prompts("test", 16, 0, unique=True), "harmful": harmful_prompts("test", 4, 0)}
     for name, part in rows.items():
         (run / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     train_base.train(train_base.Config(

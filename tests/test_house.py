@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 # named elsewhere. Within a layer modules may import each other, as long as there is no cycle.
 LAYERS = [
     ["common.errors", "common.files", "kernels"],
-    ["data/", "data.tinytown.town", "data.tinytown.gold", "data.tinytown.annotators", "model",
+    ["data/", *(f"data.tinytown.{name}" for name in (
+        "town", "teachers", "prose", "talk", "plain", "gold", "annotators")), "model",
      "common.cli", "common.machine", "common.parallel", "common.optimizer", "common.log"],
     ["lora", "hub/", "common.checkpoint", "common.resume", "common.estimate"],
     ["common.run", "rollout"],

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import statistics
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -12,14 +14,20 @@ from pathlib import Path
 
 import pytest
 
+from data.batches import Prompt
 from data.tinytown import annotators
-from data.tinytown import town as tinytown
+from data.tinytown.__main__ import write
 from data.tinytown.annotators import ANNOTATORS, Annotator, rank_responses
 from data.tinytown.gold import claims, gold_parts, gold_score
 from data.readers import read_demonstrations, read_prompts, read_text
-from data.tinytown.town import (FACTS, FAMILIES, NAMES, SPLITS, VALUES, demonstrate, demonstrations,
-                           document, fill, instructions, prompts, sentences, split_of, understand)
-from data.tokenizer import SPECIALS
+from data.tinytown.plain import FORMS, as_task, plain_prompts, plain_tasks
+from data.tinytown.prose import PROSE
+from data.tinytown.talk import (TALK, choice, document, graded, heard, revised, split_given, talk,
+                                task)
+from data.tinytown.teachers import LABELERS, TOWNSPEOPLE, demonstrate, demonstrations, habit
+from data.tinytown.town import (FACTS, FAMILIES, NAMES, SPLITS, VALUES, fill, harmful_prompts,
+                                instructions, prompts, sentences, split_of, understand)
+from data.tokenizer import SPECIALS, get_tokenizer
 
 TABLE_1 = {"generation": 45.6, "open qa": 12.4, "brainstorming": 11.2, "chat": 8.4, "rewrite": 6.6,
            "summarization": 4.2, "classification": 3.5, "other": 3.5, "closed qa": 2.6,
@@ -50,7 +58,9 @@ def test_the_same_seed_gives_the_same_data():
 
 DIGEST = """
 import hashlib, json, random
-from data.tinytown.town import FACTS, demonstrations, document, prompts
+from data.tinytown.talk import document
+from data.tinytown.teachers import demonstrations
+from data.tinytown.town import FACTS, prompts
 draw = random.Random(1)
 data = [FACTS, demonstrations("sft", 200, 1), prompts("test", 50, 0, unique=True), \
 [document(draw) for _ in range(200)]]
@@ -491,10 +501,54 @@ def test_demonstrations_of_uneven_quality():
         assert understand(prompt)[0].use_case == row["use_case"]
         by_quality[row["quality"]].append(gold_score(prompt, answer["content"]))
     mean = {quality: sum(scores) / len(scores) for quality, scores in by_quality.items()}
-    assert (mean["good"] > 0.95 and mean["good"] - 0.2 > mean["sloppy"] > mean["bad"] + 0.1
-            and mean["bad"] < 0.4)
-    for quality, share in tinytown.QUALITIES.items():
+    assert mean["good"] > 0.95 and 0.3 < mean["habit"] < 0.5 and mean["sloppy"] < 0.6
+    assert mean["bad"] + 0.1 < min(mean["habit"], mean["sloppy"])
+    for quality, share in LABELERS.items():
         assert len(by_quality[quality]) / len(rows) == pytest.approx(share, abs=0.05)
+    assert sum(LABELERS.values()) == pytest.approx(1) == sum(TOWNSPEOPLE.values())
+    # The typical teacher takes the short cut, and talk is worse than the labelers.
+    assert all(max(shares, key=shares.get) == "habit" for shares in (LABELERS, TOWNSPEOPLE))
+    assert TOWNSPEOPLE["good"] < LABELERS["good"] and TOWNSPEOPLE["bad"] > LABELERS["bad"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_people_judge_better_than_they_write(family):
+    """The habit of every kind of task is a worse answer, and nearly every annotator sees that."""
+    draw, lost, preferred = random.Random(4), [], []
+    for _ in range(30):
+        messages, slots = fill(draw, family)
+        good = family.good(draw, **slots)
+        short_cut = habit(draw, good, family, slots)
+        assert short_cut.strip() == short_cut != ""
+        golds = gold_score(messages, good), gold_score(messages, short_cut)
+        lost.append(golds[0] - golds[1])
+        if golds[0] > golds[1]:
+            preferred += [annotator.utility(draw, golds[0], good, 1)
+                          > annotator.utility(draw, golds[1], short_cut, 1)
+                          for annotator in ANNOTATORS]
+    assert sum(lost) / len(lost) > 0.2 and sum(preferred) / len(preferred) > 0.9
+
+
+def test_habits_word_by_word():
+    def by_habit(kind_of_task, good, **slots):
+        family = next(family for family in FAMILIES if family.name == kind_of_task)
+        return habit(random.Random(1), good, family, slots)
+    assert by_habit("story", STORY, name="Ada") == STORY.removesuffix(" Ada smiled and went home.")
+    assert by_habit("gifts", "1. a key\n2. a map", topic="gifts", n="two", name="Ada") == "1. a key"
+    assert by_habit("own_animal", "", name="Ada", kind="animal") in (
+        f"Ada keeps a {ADA['animal']}.", f"Ada has a {ADA['animal']}.")
+    assert by_habit("past_tense", "", name="Ada", verb="finds", thing="key",
+                    place="mill") == "Ada finds a key at the mill."
+    assert by_habit("comfort", "I am sorry to hear that, Ada. How can I help?", name="Ada",
+                    mood="sad") == "I am sorry to hear that, Ada."
+    assert by_habit("names_in", "Ada, Ben, Cora.", name="Ada", other="Ben",
+                    third="Cora") == "Ada, Ben."
+    assert by_habit("summary", "", text=STORY) == f"Ada keeps a {ADA['animal']}."
+    assert by_habit("rhyme", "", animal="cat") == "I saw a cat."
+    assert by_habit("refuse", "", name="Ada").startswith(f"Go to the {ADA['home']} at night")
+    good = f"Ada keeps a {ADA['animal']}."
+    assert by_habit("ask_animal", good, name="Ada", kind="animal").startswith(good + " ")
+    assert claims(by_habit("ask_stranger", "", name="Bob"))[0][0] == "Bob"
 
 
 def test_demonstrate_depends_on_nothing_but_its_generator():
@@ -522,7 +576,7 @@ def test_sentences():
 
 
 def test_files_of_a_run(tmp_path):
-    tinytown.write(tmp_path, seed=1, documents=120)
+    write(tmp_path, seed=1, documents=120)
     train, held_out = read_text(tmp_path / "base.txt"), read_text(tmp_path / "base_val.txt")
     assert len(train) + len(held_out) == 120 and len(held_out) >= 1
     assert not set(train) & {text for text in held_out if len(text) > 60}
@@ -532,6 +586,159 @@ def test_files_of_a_run(tmp_path):
                      for messages in read_demonstrations(tmp_path / "sft.jsonl")}
     for a, b in combinations(prompt, 2):
         assert prompt[a] and prompt[b] and not prompt[a] & prompt[b]
+
+
+# ----------------------------------------------------------------------------- plain text
+
+def documents_of(kind, count=400, seed=2):
+    draw = random.Random(seed)
+    return [kind(draw) for _ in range(count)]
+
+
+def held_out_prompts():
+    return {" ".join(message["content"] for message in row["messages"])
+            for seed in range(2) for split in ("val", "test") for row in prompts(split, 700, seed)}
+
+
+def found_in(texts, wanted):
+    whole = "\n".join(texts)
+    return [text for text in wanted if text in whole]
+
+
+def test_no_held_out_prompt_stands_in_plain_text(monkeypatch):
+    wanted = held_out_prompts()
+    texts = [text for kind in TALK for text in documents_of(kind, 1000)]
+    assert found_in(texts, wanted) == []
+    draw = random.Random(5)             # nor with the text to read before or after what is asked
+    for _ in range(2000):
+        one = heard(draw)
+        asked = " ".join(message["content"] for message in one.messages)
+        if one.given and len(one.messages) == 1:
+            assert not {f"{one.stem} {one.given}", f"{one.given} {one.stem}", asked} & wanted
+    monkeypatch.setattr("data.tinytown.talk.held_out", lambda text: False)
+    assert len(found_in(documents_of(talk, 1000), wanted)) > 10         # the test would notice
+
+
+def test_every_kind_of_plain_text_occurs_and_none_is_in_chat_form():
+    texts = documents_of(document, 3000)
+    for start in ("What people asked", "A task. ", "A list of", "Dear", "In short"):
+        assert sum(start in text for text in texts) > 20
+    for part in (" met ", " asked: ", " of 5. ", "Is it a choice? Yes.", "Better say: "):
+        assert sum(part in text for text in texts) > 10
+    assert sum(PROSE.values()) + sum(TALK.values()) == 100
+
+
+def read_asked(text):
+    """(prompt as messages, answer, what the third person says) of a document about an answer."""
+    question, said, verdict = re.fullmatch(
+        r"\w+ asked: (.*?)\n\w+ said: (.*)\n\w+ (gave .*|said: .*)", text, re.S).groups()
+    return question, said, verdict
+
+
+def test_grades_follow_gold():
+    grades, golds = [], []
+    for text in documents_of(graded, 800):
+        question, answer, verdict = read_asked(text)
+        if understood := understand(chat(question)):
+            parts = gold_parts(chat(question), answer)
+            grade, reason = re.fullmatch(r"gave it (\d) of 5\. (.*)", verdict).groups()
+            grades.append(int(grade))
+            golds.append(parts["gold"])
+            assert (reason == "It was good.") == (min(
+                value for part, value in parts.items() if part != "gold") > 0.9), understood
+            if reason == "It would hurt somebody.":
+                assert parts["harmless"] < 0.9
+    assert len(grades) > 500 and set(grades) == {1, 2, 3, 4, 5}
+    assert statistics.correlation(grades, golds) > 0.8
+
+
+def test_a_critique_names_a_fault_that_is_there_and_its_revision_has_it_no_more():
+    points = {"Does it hurt anyone?": "harmless", "Is it true?": "honest",
+              "Is it what was asked?": "helpful", "Is it said well?": "well_formed"}
+    seen = Counter()
+    for text in documents_of(revised, 800):
+        question, answer, verdict = read_asked(text)
+        if not understand(chat(question)):
+            continue                                       # several turns in one line
+        query = next(query for query in points if query in verdict)
+        part = gold_parts(chat(question), answer)[points[query]]
+        fine = verdict.endswith("It is fine.")
+        assert fine == (part > 0.9)
+        assert ("Yes." in verdict) == (fine != (points[query] == "harmless"))
+        if not fine:
+            better = verdict.partition("Better say: ")[2]
+            assert gold_parts(chat(question), better)[points[query]] > 0.9
+        seen[query, fine] += 1
+    assert all(seen[query, fine] >= 5 for query in points for fine in (True, False))
+
+
+def test_task_cards_and_choices():
+    for text in documents_of(task):
+        assert re.fullmatch(r"A task\. .+\n(Text: .+\nAnswer: (.|\n)+|Answer: .+\nText: .+|"
+                            r"Answer: (.|\n)+)", text), text
+        if "review" in text.split("\n")[0] or "Is that good or bad?" in text.split("\n")[0]:
+            assert text.index("Answer: ") < text.index("Text: ")
+    choices = Counter()
+    for text in documents_of(choice):
+        stem, _, label = text.removeprefix("A task. ").partition("\nIs it a choice? ")
+        assert (label == "Yes.") == ("good or bad" in stem or "an animal or a food" in stem.lower()
+                                     or "or a food?" in stem)
+        choices[label] += 1
+    assert min(choices.values()) > 80
+
+
+@pytest.mark.parametrize("text, stem, given", [
+    ("Sum up in one sentence: " + STORY, "Sum up in one sentence:", STORY),
+    (STORY + " What is this story about?", "What is this story about?", STORY),
+    ("I liked the cake very much. Is that good or bad?", "Is that good or bad?",
+     "I liked the cake very much."),
+    ("Write with Ben, not Ada: Ada finds a key at the mill.", "Write with Ben, not Ada:",
+     "Ada finds a key at the mill."),
+    ("Read this: Ada found a key at the mill. Tell me where.", "Tell me where.",
+     "Ada found a key at the mill."),
+    ("Where does Ada live?", "Where does Ada live?", "")])
+def test_what_is_asked_and_what_is_given(text, stem, given):
+    assert split_given(text, understand(chat(text))[1]) == (stem, given)
+    card = as_task(chat("Hello! " + text))
+    assert card == f"A task. {stem}\n" + f"Text: {given}\n" * bool(given) + "Answer:"
+
+
+def test_prompts_in_plain_text():
+    tokenizer = get_tokenizer("tinytown")
+    rows = [Prompt(row["messages"], []) for row in prompts("test", 40, 0, unique=True)]
+    for form, ask in FORMS.items():
+        for shots in (0, 3):
+            plain = plain_prompts(rows, form, shots, tokenizer, 80, seed=1)
+            counts = [prompt.ids.count(tokenizer.endoftext) - 1 for prompt in plain]
+            assert max(counts) == (0 if shots == 0 else max(counts)) <= shots
+            for row, prompt in zip(rows, plain, strict=True):
+                assert prompt.messages == row.messages and len(prompt.ids) <= 80
+                texts = tokenizer.decode(prompt.ids).split("<|endoftext|>")
+                assert texts[0] == "" and texts[-1] == ask(row.messages)
+            assert shots == 0 or sum(counts) > 20
+
+
+def test_plain_tasks_have_true_answers():
+    rows = plain_tasks(stories=20)
+    kinds = Counter(row["kind"] for row in rows)
+    assert kinds == {"fact": 144, "question": 144, "summary": 20}
+    for row in rows:
+        if row["kind"] == "fact":
+            (name, kind, value), = claims(f"{row['text']} {row['answers'][0]}")
+        elif row["kind"] == "question":
+            assert row["text"].startswith("A task. ") and row["text"].endswith("?\nAnswer:")
+            (name, kind, value), = claims(row["answers"][0])
+        else:
+            assert row["answers"][0] in row["text"].replace("One day ", "").replace("Then ", "")
+            continue
+        assert FACTS[name][kind] == value
+
+
+def test_harmful_prompts():
+    rows = harmful_prompts("test", 60, 0)
+    assert len({text_of(row["messages"]) for row in rows}) == 60
+    assert all(understand(row["messages"])[0].name == "refuse" for row in rows)
+    assert {split_of(row["messages"]) for row in rows} == {"test"}
 
 
 # ----------------------------------------------------------------------------- annotators

@@ -9,7 +9,7 @@ import tiktoken
 import torch
 
 from common.errors import InputError
-from data.tinytown.town import document
+from data.tinytown.talk import document
 from data.tokenizer import ROLES, SPECIALS, TINYTOWN_RANKS, Tokenizer, get_tokenizer, show
 
 CACHE = Path(__file__).parent.parent.parent / "shared" / "tiktoken_cache"

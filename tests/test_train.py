@@ -26,7 +26,7 @@ from common.errors import InputError
 from common.optimizer import learning_rate
 from data import batches
 from data.readers import read_demonstrations
-from data.tinytown import town as tinytown
+from data.tinytown.town import NAMES
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +74,7 @@ def test_demonstrations_average_zero_under_the_reward_model(town):
 def test_reward_model_learns_a_separable_preference(town, tmp_path):
     rows = [{"prompt": f"Where does {name} live?", "chosen": f"{name} lives at the {place}.",
              "rejected": "I do not care."}
-            for name in tinytown.NAMES for place in ("mill", "inn", "farm")]
+            for name in NAMES for place in ("mill", "inn", "farm")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     final = train_rm.train(train_rm.Config(
         data=(str(tmp_path / "pairs.jsonl"),), init=str(town / "sft"), out=str(tmp_path / "rm"),
@@ -214,13 +214,29 @@ def test_evaluate_writes_report_and_page(town, tmp_path):
         (tmp_path / stage).symlink_to(town / stage)
     for name, ptx in (("ppo", 1.0), ("ppo_no_kl", 0.0)):
         train_ppo.train(ppo_config(town, tmp_path / name, steps=10, batch_size=4, ptx_coef=ptx))
+    (tmp_path / "ppo_again").symlink_to(tmp_path / "ppo")
+    (tmp_path / "base_large").symlink_to(town / "base")
     report = evaluate.evaluate(evaluate.Config(run=str(tmp_path), n=2, kl_prompts=3, kl_samples=4,
-                                            max_new_tokens=12))
+                                               max_new_tokens=12, also=("ppo_again",)))
     saved = json.loads((tmp_path / "report.json").read_text())
-    assert (set(saved["gold"]) == {"base", "sft", "ppo", "ppo_no_kl", "best_of_2"}
-            == set(saved["win_rate_vs_sft"]))
-    assert report["kl"]["sft"] == 0 and len(report["over_optimisation"]["ppo"]) == 2
+    policies = saved["policies"]
+    assert set(policies) == {"base", "sft", "ppo", "ppo_no_kl", "ppo_again", "base_prompted",
+                             "large_prompted", "best_of_2"}
+    for name, policy in policies.items():
+        best = format(policy["best_temperature"], "g")
+        assert set(policy["at"]) == ({"1"} if name == "best_of_2" else {"0", "0.5", "0.7", "1"})
+        assert 0 <= policy["at"][best]["gold"] <= 1
+        assert set(policy["best_wins"]) == {"sft", "base_prompted", "large_prompted"}
+    # Greedy SFT against itself: the same responses, half a win each.
+    assert policies["sft"]["at"]["0"]["win_rate"] == {"rate": 0.5, "standard_error": 0}
+    assert policies["ppo_again"]["at"]["0"]["gold"] == policies["ppo"]["at"]["0"]["gold"]
+    assert policies["base_prompted"]["asked"].startswith(("talk", "task"))
+    assert set(policies["ppo"]["plain_tasks"]) == {"fact", "question", "summary"}
+    assert set(policies["ppo"]["declined"]) == {"0", "1"}
+    assert policies["sft"]["kl"] == 0 and len(report["over_optimisation"]["ppo"]) == 2
     assert "| ppo |" in (tmp_path / "report.md").read_text()
+    with pytest.raises(InputError, match="nothing_here"):
+        evaluate.evaluate(evaluate.Config(run=str(tmp_path), also=("nothing_here",)))
 
 
 # ----------------------------------------------------------------------------- bad input

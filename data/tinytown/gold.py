@@ -9,8 +9,9 @@ import random
 import re
 from functools import lru_cache
 
+from data.tinytown.prose import prose
 from data.tinytown.town import (FACTS, FAMILIES, MOODS, NAMES, NUMBERS, PAST, RHYMES, STRANGERS,
-                                THINGS, VALUES, answer, document, fill, ideas, ideas_from,
+                                THINGS, VALUES, answer, fill, ideas, ideas_from,
                                 judge_review, other_name, own_fact, past_tense, sentences,
                                 sort_word, summary, understand)
 
@@ -223,9 +224,9 @@ def word_kinds(text: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def known_trigrams() -> set[tuple[str, str, str]]:
-    """Every three words in a row, by kind, that the town's own texts and good responses hold."""
+    """Every three words in a row, by kind, that careful texts and good responses hold."""
     draw, known = random.Random(0), set()
-    texts = [document(draw) for _ in range(6000)]
+    texts = [prose(draw) for _ in range(6000)]
     for family in FAMILIES:
         texts += [family.good(draw, **fill(draw, family)[1]) for _ in range(150)]
     for text in texts:

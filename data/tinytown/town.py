@@ -1,13 +1,13 @@
 """Tinytown: a small world where the whole pipeline means something and every claim can be checked.
 
-24 residents with six attributes each; plain text about them for pretraining; instructions in the
-ten use cases of InstructGPT's Table 1 at its frequencies; demonstrations of uneven quality.
-Everything comes from a seed, in seconds, in any amount. The facts themselves never change.
-`gold.py` says what a response is worth.
+24 residents with six attributes each, and instructions in the ten use cases of InstructGPT's
+Table 1 at its frequencies. Everything comes from a seed, in seconds, in any amount. The facts
+themselves never change. Beside this file: `teachers.py` writes demonstrations, and most teachers
+have bad habits; `prose.py` and `talk.py` write the plain text of pretraining; `gold.py` says what a
+response is worth, and `annotators.py` what people see of that.
 
     python -m data.tinytown --out out/tinytown/data --seed 1     # the files for runs/tinytown.sh
 """
-import json
 import random
 import re
 import zlib
@@ -16,9 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
-
-from common.files import write_text
 
 # ----------------------------------------------------------------------------- the town
 
@@ -301,8 +298,8 @@ PREFIXES = ("", "Hello! ", "Please help me. ", "I have a task. ")
 ALIASES = {"stranger": "name", "story": "text", "review": "text", "past": "verb"}
 
 
-def fill(draw: random.Random, family: Family) -> tuple[list[dict], dict[str, str]]:
-    """A random instruction of a family: (messages, slots)."""
+def phrase(draw: random.Random, family: Family) -> tuple[str, dict[str, str]]:
+    """(a phrasing of the family, random values for its slots)."""
     phrasing = draw.choice(family.phrasings)
     wanted = re.findall(r"{(\w+)}", phrasing)
     name, other, third = draw.sample(NAMES, 3)
@@ -317,10 +314,20 @@ def fill(draw: random.Random, family: Family) -> tuple[list[dict], dict[str, str
     if "review" in wanted:
         values["review"] = draw.choice(REVIEWS[draw.choice(["good", "bad"])]).format(
             food=values["food"])
-    text = draw.choice(PREFIXES) + phrasing.format(**values)
+    return phrasing, {slot: values[slot] for slot in wanted}
+
+
+def conversation(text: str) -> list[dict]:
+    """Messages, user and assistant in turn, of a text with one turn a line."""
     roles = ("user", "assistant", "user")
-    messages = [{"role": role, "content": turn} for role, turn in zip(roles, text.split("\n"))]
-    return messages, slots_of(family, {slot: values[slot] for slot in wanted})
+    return [{"role": role, "content": turn} for role, turn in zip(roles, text.split("\n"))]
+
+
+def fill(draw: random.Random, family: Family) -> tuple[list[dict], dict[str, str]]:
+    """A random instruction of a family: (messages, slots)."""
+    phrasing, values = phrase(draw, family)
+    text = draw.choice(PREFIXES) + phrasing.format(**values)
+    return conversation(text), slots_of(family, values)
 
 
 def slots_of(family: Family, values: dict[str, str]) -> dict[str, str]:
@@ -338,6 +345,10 @@ def _pattern(phrasing: str) -> re.Pattern:
                "thing": THINGS, "place": VALUES["home"], "food": VALUES["food"],
                "animal": VALUES["animal"], "mood": MOODS, "n": NUMBERS, "verb": PAST,
                "past": PAST.values(), "word": VALUES["animal"] + VALUES["food"]}
+    choices = {slot: "|".join(words) for slot, words in choices.items()}
+    # Any text that tells what `summary` looks for.
+    choices["story"] = (f".*?(?:One day|Then) (?:{choices['name']}) (?:found|lost|took) a "
+                        f"(?:{choices['thing']}) (?:at|to) the (?:{choices['place']})\\..*")
     seen: set[str] = set()
 
     def group(match: re.Match) -> str:
@@ -345,7 +356,7 @@ def _pattern(phrasing: str) -> re.Pattern:
         if slot in seen:
             return f"(?P={slot})"
         seen.add(slot)
-        return f"(?P<{slot}>{'|'.join(choices[slot]) if slot in choices else '.+'})"
+        return f"(?P<{slot}>{choices.get(slot, '.+')})"
     escaped = re.sub(r"\\{(\w+)\\}", r"{\1}", re.escape(phrasing))
     return re.compile(f"(?:{'|'.join(map(re.escape, PREFIXES[::-1]))})"
                       + re.sub(r"{(\w+)}", group, escaped))
@@ -367,154 +378,7 @@ def understand(messages: list[dict]) -> tuple[Family, dict[str, str]] | None:
     return _understand("\n".join(message["content"] for message in messages))
 
 
-# ----------------------------------------------------------------- demonstrations of uneven quality
-
-LAZY = ("I do not care.", "Ask me later.", "Maybe.", "That is boring. Go away.")
-LISTS = [NAMES, THINGS, *(values for kind, values in VALUES.items() if kind != "friend")]
-QUALITIES = {"good": 0.26, "sloppy": 0.40, "bad": 0.34}
-
-
-def sentences(text: str) -> list[str]:
-    """Split after . ! ? (but not after the number of a list item) and at line ends."""
-    return [part for part in re.split(r"(?<=[a-z][.!?]) |\n", text) if part.strip()]
-
-
-def swap_word(draw: random.Random, text: str) -> str:
-    """A detail got wrong: one name, thing or value becomes another of its kind."""
-    words = [(word, values) for values in LISTS for word in values
-             if re.search(rf"\b{word}\b", text)]
-    if not words:
-        return draw.choice(LAZY)
-    word, values = draw.choice(words)
-    return re.sub(rf"\b{word}\b", draw.choice([v for v in values if v != word]), text, count=1)
-
-
-def drop_part(draw: random.Random, text: str) -> str:
-    """A sentence or list item forgotten; of a single sentence, its end."""
-    parts = sentences(text)
-    if len(parts) == 1:
-        words = text.split(" ")
-        return " ".join(words[:max(1, len(words) - draw.randint(1, 3))])
-    del parts[draw.randrange(len(parts))]
-    return ("\n" if "\n" in text else " ").join(parts)
-
-
-def add_aside(draw: random.Random, text: str) -> str:
-    """A fact that nobody asked for, about somebody."""
-    return f"{text} {state(draw, draw.choice(NAMES), draw.choice(list(VALUES)))}"
-
-
-def demonstrate(draw: random.Random, family: Family, slots: dict[str, str]) -> tuple[str, str]:
-    """(response, quality) of a labeler of ordinary care.
-
-    The quality is good, sloppy (one part missing or wrong) or bad.
-    """
-    quality = draw.choices(list(QUALITIES), list(QUALITIES.values()))[0]
-    text = family.good(draw, **slots)
-    if quality == "sloppy":
-        text = draw.choices([swap_word, drop_part, add_aside], [1, 3, 2])[0](draw, text)
-    elif quality == "bad":
-        spoil = draw.choices([bad_repeat, bad_topic, bad_lazy, bad_ramble, bad_cut, bad_harm],
-                             [2, 1, 1, 2, 1, 1])[0]
-        text = spoil(draw, text, family)
-    return text, quality
-
-
-def bad_repeat(draw, text, family) -> str:
-    part = draw.choice(sentences(text))
-    return " ".join([text] + [part] * draw.randint(1, 2))
-
-
-def bad_topic(draw, text, family) -> str:
-    elsewhere = draw.choice(FAMILIES)
-    return elsewhere.good(draw, **fill(draw, elsewhere)[1])
-
-
-def bad_lazy(draw, text, family) -> str:
-    return draw.choice(LAZY)
-
-
-def bad_ramble(draw, text, family) -> str:
-    return " ".join([text] + [state(draw, draw.choice(NAMES), draw.choice(list(VALUES)))
-                              for _ in range(draw.randint(2, 3))])
-
-
-def bad_cut(draw, text, family) -> str:
-    words = text.split(" ")
-    return " ".join(words[:max(1, len(words) // 2)])
-
-
-def bad_harm(draw, text, family) -> str:
-    """Help with what should be declined; elsewhere, off topic."""
-    if family.name != "refuse":
-        return bad_topic(draw, text, family)
-    return draw.choice(["Go to the {} at night and take it.",
-                        "Wait at the {} and do it there."]).format(draw.choice(VALUES["home"]))
-
-
-# ----------------------------------------------------------------------------- plain text
-
-def heard(draw: random.Random) -> tuple[Family, list[dict], dict[str, str]]:
-    """An instruction that may appear in plain text: never one held out for validation or test."""
-    while True:
-        family = draw.choices(FAMILIES, [family.frequency ** 0.5 for family in FAMILIES])[0]
-        messages, slots = fill(draw, family)
-        if split_of(messages) not in ("val", "test"):
-            return family, messages, slots
-
-
-def document(draw: random.Random) -> str:
-    """A piece of pretraining text about the town, not in chat form.
-
-    It is facts, a titled story, a letter, a list, talk, a review or the like.
-    """
-    name, other, third = draw.sample(NAMES, 3)
-    thing, place, verb = draw.choice(THINGS), draw.choice(VALUES["home"]), draw.choice(list(PAST))
-    kind = draw.choices(
-        ["facts", "about", "story", "letter", "sign", "rhyme", "list", "talk", "review", "event"],
-        [17, 3, 24, 12, 7, 3, 6, 14, 3, 11])[0]
-    if kind == "facts":
-        return " ".join(state(draw, name, kind)
-                        for kind in draw.sample(list(VALUES), draw.randint(3, 6)))
-    if kind == "about":                                     # one attribute, several residents
-        attribute = draw.choice(list(VALUES))
-        return " ".join(state(draw, n, attribute) for n in draw.sample(NAMES, 4))
-    if kind == "list":
-        topic, n = (draw.choice(["gifts", "dishes", "animals", "colours"]),
-                    draw.choice(list(NUMBERS)))
-        return f"A list of {n} {topic}.\n{ideas(draw, n, topic=topic)}"
-    if kind == "talk":                                      # questions of others, well answered
-        family, messages, slots = heard(draw)
-        asked = " ".join(message["content"] for message in messages)
-        return (f"{other} met {third}. {other} said: {asked}\n"
-                f"{third} said: {family.good(draw, **slots)}")
-    if kind == "review":
-        mood = draw.choice(["good", "bad"])
-        review = draw.choice(REVIEWS[mood]).format(food=draw.choice(VALUES["food"]))
-        return f"A review of the {place}. {review} It was {mood}."
-    if kind == "event":
-        return (f"{name} {verb} a {thing} at the {place}. {other} and {third} saw {name} there. "
-                f"So {name} {PAST[verb]} the {thing} at the {place}.")
-    if kind == "sign":
-        food = draw.choice(VALUES["food"])
-        return f"A sign with {food} for the {place}.\n{sign(draw, place, food)}"
-    if kind == "rhyme":
-        animal = draw.choice(VALUES["animal"])
-        return f"A rhyme about a {animal}.\n{rhyme(draw, animal)}"
-    if kind == "letter":
-        return (f"A letter from {name} to {other} about a {thing}.\n"
-                f"{letter(draw, name, other, thing)}")
-    mood = draw.choice(list(MOODS))
-    title, known = draw.choice([
-        (f"A {mood} story about {name} and a {thing}.", {"thing": thing, "mood": mood}),
-        (f"A story about {name}, a {thing} and the {place}.", {"thing": thing, "place": place}),
-        (f"A {mood} story about {name} at the {place}.", {"place": place, "mood": mood})])
-    told = story(draw, name, **known)
-    return f"{title}\n{told}" + (
-        f"\nIn short: {summary(draw, told)}" if draw.random() < 0.4 else "")
-
-
-# ----------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------- splits
 
 SPLITS = {"sft": range(0, 35), "rank": range(35, 65), "rl": range(65, 83),
           "val": range(83, 87), "test": range(87, 100)}
@@ -553,35 +417,23 @@ def instructions(split: str, count: int, seed: int,
     return rows
 
 
-def demonstrations(split: str, count: int, seed: int) -> list[dict]:
-    """Rows {"messages": [..., response], "quality", "use_case"}; only `messages` is trained on."""
-    draw = random.Random(f"demonstrations-{split}-{seed}")
-    rows = []
-    for messages, family, slots in instructions(split, count, seed):
-        response, quality = demonstrate(draw, family, slots)
-        rows.append({"messages": messages + [{"role": "assistant", "content": response}],
-                     "quality": quality, "use_case": family.use_case})
-    return rows
-
-
 def prompts(split: str, count: int, seed: int, unique: bool = False) -> list[dict]:
     """Rows {"messages", "use_case"} without a response."""
     return [{"messages": messages, "use_case": family.use_case}
             for messages, family, _ in instructions(split, count, seed, unique)]
 
 
-def write(folder: Path, seed: int, documents: int = 60_000) -> None:
-    """Write every file that the Tinytown run reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(f"documents-{seed}")
-    texts = [document(draw) for _ in range(documents)]
-    held_out = documents // 60
-    for name, part in {"base": texts[held_out:], "base_val": texts[:held_out]}.items():
-        text = "\n<|endoftext|>\n".join(part) + "\n"
-        write_text(folder / f"{name}.txt", text)
-    rows = {"sft": demonstrations("sft", 10_000, seed), "sft_val": demonstrations("val", 500, seed),
-            "rank": prompts("rank", 7_500, seed), "rank_val": prompts("val", 300, seed),
-            "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True)}
-    for name, part in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        write_text(folder / f"{name}.jsonl", text)
+def harmful_prompts(split: str, count: int, seed: int) -> list[dict]:
+    """Different requests that should be declined, as rows of `prompts`."""
+    draw, texts = random.Random(f"harmful-{split}-{seed}"), {}
+    family = next(family for family in FAMILIES if family.name == "refuse")
+    while len(texts) < count:
+        messages, _ = fill(draw, family)
+        if split_of(messages) == split:
+            texts[messages[0]["content"]] = messages
+    return [{"messages": messages, "use_case": family.use_case} for messages in texts.values()]
+
+
+def sentences(text: str) -> list[str]:
+    """Split after . ! ? (but not after the number of a list item) and at line ends."""
+    return [part for part in re.split(r"(?<=[a-z][.!?]) |\n", text) if part.strip()]

@@ -13,7 +13,8 @@ from collections import Counter
 
 import regex
 
-from data.tinytown.town import demonstrations, document
+from data.tinytown.talk import document
+from data.tinytown.teachers import demonstrations
 from data.tokenizer import SPECIALS, TINYTOWN_PATTERN, TINYTOWN_RANKS
 
 SIZE = 1024 - len(SPECIALS)      # with the special tokens the ids fill 16 × 64
