@@ -13,17 +13,17 @@ from data.tinytown.teachers import demonstrations
 from data.tinytown.town import harmful_prompts, prompts
 
 
-def write(folder: Path, seed: int, documents: int = 50_000) -> None:
+def write(folder: Path, seed: int, documents: int = 60_000) -> None:
     """Write every file that the Tinytown run reads."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(f"documents-{seed}")
     texts = [document(draw) for _ in range(documents)]
-    held_out = documents // 50
+    held_out = documents // 60
     for name, part in {"base": texts[held_out:], "base_val": texts[:held_out]}.items():
         text = "\n<|endoftext|>\n".join(part) + "\n"
         write_text(folder / f"{name}.txt", text)
     rows = {"sft": demonstrations("sft", 10_000, seed), "sft_val": demonstrations("val", 500, seed),
-            "rank": prompts("rank", 5_000, seed), "rank_val": prompts("val", 200, seed),
+            "rank": prompts("rank", 7_000, seed), "rank_val": prompts("val", 200, seed),
             "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True),
             "harmful": harmful_prompts("test", 150, 0)}
     for name, part in rows.items():
