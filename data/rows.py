@@ -90,11 +90,12 @@ def parquet_lines(path: str | Path, data: bytes) -> bytes:
     if importlib.util.find_spec("pyarrow") is None:
         raise InputError(f"{path}: a parquet file; pip install pyarrow reads it, or save it as "
                          f".jsonl")
-    done = subprocess.run([sys.executable, "-c", PARQUET], input=data, capture_output=True)
-    if done.returncode == 0:
-        return done.stdout
-    said = done.stderr.decode(errors="replace")
-    if "UnicodeDecodeError" in said:
+    whole = data[-4:] == b"PAR1"
+    if whole:
+        done = subprocess.run([sys.executable, "-c", PARQUET], input=data, capture_output=True)
+        if done.returncode == 0:
+            return done.stdout
+    if whole and b"UnicodeDecodeError" in done.stderr:
         raise InputError(f"{path}: expected columns of text, found one of bytes that are no text; "
                          f"leave it out")
     raise InputError(f"{path}: expected a whole parquet file, found one that is cut short or "
