@@ -279,6 +279,8 @@ def renamed(row: dict, where: str) -> Fields:
         name = NAMES.get(key, key)
         ours[key if name in row or name in ours else name] = value
     keys = ours.keys()
+    if "input" in keys and keys & REPLIES and not keys & {"instruction", "prompt", "messages"}:
+        ours["prompt"] = ours.pop("input")
     if is_objects(ours.get("messages")) and any("from" in turn for turn in ours["messages"]):
         ours["conversations"] = ours.pop("messages")
     if "conversations" in keys:

@@ -20,9 +20,16 @@ from common.files import free_memory
 ROW_KEYS = {"messages", "prompt", "instruction", "chosen", "rejected", "responses", "text",
             "conversations", "conversation", "dialog", "output_1", "turns", "row", "question",
             "problem", "query", "inputs", "output", "completion", "response"}
+# How a file begins that is something else: what it is, what to do.
 NOT_DATA = ((rb"version https://git-lfs", "a Git LFS pointer", "fetch it: git lfs pull"),
             (rb"\s*<(!doctype html|html)\b", "an HTML page",
-             "download the file itself (on a hub: the raw or resolve link)"))
+             "download the file itself (on a hub: the raw or resolve link)"),
+            (rb"PK\x03\x04", "a zip archive or an Excel sheet",
+             "unpack it, or save the sheet as .jsonl"),
+            (rb"ARROW1", "an Arrow file", "write the set with to_json or to_parquet"),
+            (rb"\x80[\x02-\x05]", "a pickle", "load it where it was made and write .jsonl"),
+            (rb"\x28\xb5\x2f\xfd|BZh|\xfd7zXZ", "a zstd, bzip2 or xz archive", "unpack it"),
+            (rb"\xff\xfe|\xfe\xff", "UTF-16 text", "save it as UTF-8"))
 
 
 # ----------------------------------------------------------------------------- bytes to text
@@ -48,7 +55,7 @@ def read_content(path: str | Path) -> str:
         data = parquet_lines(path, data) if data[:4] == b"PAR1" else data
         for pattern, what, remedy in NOT_DATA:
             if re.match(pattern, data.removeprefix(b"\xef\xbb\xbf")[:200], re.IGNORECASE):
-                raise InputError(f"{path}: {what}, not the file; {remedy}")
+                raise InputError(f"{path}: {what}, not the data; {remedy}")
         return data.decode("utf-8-sig")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: expected a whole gzip file, found one that is cut short or "
@@ -187,9 +194,13 @@ def parse_json(content: str, path: str | Path, line: int):
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {line + error.lineno - 1}: expected JSON, found a fault in "
-                         f"column {error.colno} ({error.msg}); "
-                         "write a JSON list or one object per line") from error
+        head = content.lstrip().split("\n")[0]
+        table = re.fullmatch(r"[\w \"]+([,;\t][\w \"]+)+\s*", head) and "\n" in content.strip()
+        remedy = ("save the table as .jsonl, one object per line" if table else
+                  "write a JSON list or one object per line")
+        raise InputError(f"{path}, line {line + error.lineno - 1}: expected JSON, found "
+                         f"{'a table of columns (CSV or TSV)' if table else 'a fault'} in column "
+                         f"{error.colno} ({error.msg}); {remedy}") from error
     except (RecursionError, ValueError) as error:   # ValueError: a number of thousands of digits
         raise InputError(f"{path}, line {line}: expected rows of plain fields, found JSON nested "
                          "too deeply or a number too long; check what wrote the file") from error

@@ -17,6 +17,10 @@ TOOL_ROLES = ("tool", "function", "ipython", "observation", "function_call")
 TRAINED = ("weight", "train", "training", "trainable", "loss")
 
 
+# Where an export has put a list of messages, or a dialogue, between quotes.
+AS_TEXT = re.compile(r"""\s*[\[{]\s*\{?\s*['"](role|content|messages|from|conversations)['"]\s*:""")
+
+
 class Unusable(Exception):
     """A row that nobody at the keyboard can mend, with the reason."""
 
@@ -157,6 +161,9 @@ def text(value, field: str, where: str, ends: bool = False) -> str:
         value = re.sub(r"\s*<\|endoftext\|>\s*\Z", "", value)
     if not isinstance(value, str) or not value.strip():
         raise wrong(where, field, "text", describe(value), "fill it in or remove the row")
+    if AS_TEXT.match(value):
+        raise wrong(where, field, "text or messages", "messages written as text",
+                    "write them as JSON, without quotes around them")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise wrong(where, field, "Unicode text", "half of a surrogate pair",
                     "write the whole character")

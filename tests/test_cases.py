@@ -146,11 +146,30 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 385231
 PAGE = "\n<!DOCTYPE html>\n<html><body>Sign in</body></html>"
 
 
-@pytest.mark.parametrize("content, words", [(POINTER, "git lfs pull"), (PAGE, "an HTML page"),
-                                            ("<html>\n", "an HTML page")])
+@pytest.mark.parametrize("content, words", [
+    (POINTER.encode(), "git lfs pull"), (PAGE.encode(), "an HTML page"),
+    (b"<html>\n", "an HTML page"), (b"PK\x03\x04sheet", "an Excel sheet"),
+    (b"ARROW1\0\0", "an Arrow file"), (b"\x80\x04\x95", "a pickle"),
+    (b"\x28\xb5\x2f\xfd", "a zstd"), (b"BZh91AY", "bzip2"),
+    ('{"prompt": "a"}'.encode("utf-16"), "UTF-16")])
 @pytest.mark.parametrize("read", [read_text, read_demonstrations, read_rankings, read_prompts])
 def test_what_stands_in_place_of_a_file_is_named(tmp_path, read, content, words):
-    assert words in complaint(read, write(tmp_path, content, "data.txt"))
+    (tmp_path / "data.txt").write_bytes(content)
+    assert words in complaint(read, tmp_path / "data.txt")
+
+
+def test_a_table_is_named(tmp_path):
+    for mark in ",;\t":
+        table = write(tmp_path, f"prompt{mark}completion\nA hue?{mark}Red.\n", "table.csv")
+        assert "save the table as .jsonl" in complaint(read_demonstrations, table)
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "A hue?", "chosen": json.dumps(HUE), "rejected": json.dumps(HUE)},
+    {"prompt": "A hue?", "chosen": json.dumps({"messages": HUE}), "rejected": str(HUE)},
+    {"chosen": "[{'from': 'human', 'value': 'a'}]", "rejected": "b", "instruction": "c"}])
+def test_messages_between_quotes_are_not_text(tmp_path, row):
+    assert "messages written as text" in complaint(read_rankings, lines(tmp_path, row))
 
 
 def test_text_is_split_wherever_a_document_ends(tmp_path):
@@ -328,6 +347,7 @@ def test_hh_is_the_same_split_or_whole(tmp_path):
      [user("A\n\nhue?"), assistant("Red.")]),
     ({"system_prompt": "Be brief.", "question": "A hue?", "response": "Red."},
      [system("Be brief."), *HUE]),
+    ({"input": "A hue?", "output": "Red.", "reward": 0.5}, HUE),
     ({"conversation": HUE}, HUE),
     ({"dialog": HUE}, HUE)])
 def test_further_names(tmp_path, row, turns):
