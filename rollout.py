@@ -6,8 +6,9 @@
     kl_from_samples      KL(π‖π_ref) from π's own responses
     win_rate             how often one response scores higher than another to the same prompt
 """
-import importlib
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import load_reward_model
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.files import progress
 from data.batches import Prompt, Row, by_length, pad_rows, response_row
 from data.tokenizer import Tokenizer
@@ -84,14 +85,69 @@ def model_reward(model: RewardModel, tokenizer: Tokenizer, policy: Tokenizer) ->
     return reward
 
 
-def text_reward(function: Callable[[list[list[dict]], list[str]], list[float]]) -> Reward:
-    """A Python function of (conversations, response texts) as a reward."""
+def text_reward(function: Callable[[list[list[dict]], list[str]], list[float]],
+                name: str = "") -> Reward:
+    """A Python function of (conversations, response texts) as a reward. Its answers are checked:
+    InputError by its name."""
+    name = name or getattr(function, "__name__", "the reward function")
+
     def reward(prompts: list[Prompt], responses: list[Response]) -> list[float]:
         if not responses:
             return []
         conversations = [prompt.messages for prompt in prompts]
-        return list(function(conversations, [response.text for response in responses]))
+        answer = function(conversations, [response.text for response in responses])
+        scores = checked_scores(name, answer, responses)
+        if len(scores) > 1 and len(set(scores)) == 1 and not said:
+            said.append(name)
+            print(f"warning: --reward {name}: {scores[0]:g} for each of {len(scores)} responses; "
+                  f"from a reward that is always the same nothing can be learned", file=sys.stderr)
+        return scores
+    said: list[str] = []             # the warning is said once
     return reward
+
+
+def checked_scores(name: str, answer, responses: list[Response]) -> list[float]:
+    """A reward function's answer as one finite float for each response; else InputError."""
+    try:
+        answer = list(answer)
+    except TypeError as error:
+        raise InputError(f"--reward {name}: answered {answer!r:.60}; expected a list of "
+                         f"{len(responses)} numbers, one for each response") from error
+    if len(answer) != len(responses):
+        raise InputError(f"--reward {name}: {len(answer)} numbers for {len(responses)} responses; "
+                         f"expected one for each")
+    scores = []
+    for value, response in zip(answer, responses):
+        try:
+            scores.append(float("nan") if isinstance(value, str) else float(value))
+        except (TypeError, ValueError):
+            scores.append(float("nan"))
+        if not math.isfinite(scores[-1]):
+            raise InputError(f"--reward {name}: {value!r:.40} for the response "
+                             f"{response.text[:60]!r}; expected a finite number")
+    return scores
+
+
+def find_function(name: str) -> Callable:
+    """The function that module:function or path/to/file.py:function names. A module is looked for
+    in the folder where the command is run, too. InputError in one line."""
+    place, _, function = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            sys.path.insert(0, str(Path.cwd()))
+            try:
+                module = importlib.import_module(place)
+            finally:
+                sys.path.pop(0)
+        return getattr(module, function)
+    except Exception as error:       # whatever the module does when it is imported
+        raise InputError(f"--reward {name}: {type(error).__name__}: {first_line(error)}; expected "
+                         f"module:function, or FILE.py:function, a module in this folder or "
+                         f"installed") from error
 
 
 def load_reward(name, policy: Tokenizer, run) -> tuple[Reward, RewardModel | None]:
@@ -106,12 +162,7 @@ def load_reward(name, policy: Tokenizer, run) -> tuple[Reward, RewardModel | Non
     if not name:
         raise InputError("--reward: name a reward-model folder, or module:function")
     if ":" in name and not Path(name).exists():
-        module, _, function = name.partition(":")
-        try:
-            return text_reward(getattr(importlib.import_module(module), function)), None
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"--reward {name}: {error}; expected module:function, the module in "
-                             f"this folder") from error
+        return text_reward(find_function(name), name), None
     model, tokenizer = load_reward_model(name)
     if tokenizer.name != policy.name:
         raise InputError(f"--reward {name}: reads the {tokenizer.name} vocabulary, but the policy "

@@ -26,7 +26,7 @@ from rollout import model_reward, respond, sequence_logprobs
 class Config(DeviceFlags):
     init: str = ""                 # checkpoint of a language model
     prompt: str = ""               # one question; empty: chat, or --data
-    raw: bool = False              # go on with the prompt as plain text, without the chat template
+    raw: bool = False              # go on with the prompt, or from nothing, as plain text
     data: tuple = ()               # files of prompts to answer instead of chatting
     count: int = 8                 # how many of them
     reward: str = ""               # reward-model checkpoint that scores the answers
@@ -121,7 +121,7 @@ def talk(config: Config) -> None:
     generator = torch.Generator(run.device).manual_seed(config.seed)
     if config.data:
         print_samples(run, model, tokenizer, config)
-    elif config.prompt:
+    elif config.prompt or config.raw:
         prompt = tokenizer.render_prompt([{"role": "user", "content": config.prompt}])
         stop = tokenizer.end
         if config.raw:

@@ -50,6 +50,7 @@ def load_gpt(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
     if not source:
         tokenizer = get_tokenizer("gpt2")
         return GPT(GPTConfig(256, tokenizer.vocab_size, 4, 4, 128, dropout)), tokenizer
+    refuse_others(Path(source))
     if not is_published(source):
         return load_model(source, "language model",
                           lambda shape: new_gpt(GPTConfig(**shape | {"dropout": dropout})))
@@ -65,6 +66,7 @@ def load_gpt(source: str, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
 
 def load_reward_model(folder: str) -> tuple[RewardModel, Tokenizer]:
     """A reward model and its tokenizer from a checkpoint folder; errors as `load_gpt`."""
+    refuse_others(Path(folder))
     return load_model(folder, "reward model",
                       lambda shape: RewardModel(new_gpt(GPTConfig(**shape))))
 
@@ -95,6 +97,21 @@ def save_model(folder: str | Path, model: GPT | RewardModel, config, tokenizer: 
         write_tokenizer(tokenizer, Path(folder), model.config.block_size)
     kind = "reward model" if isinstance(model, RewardModel) else "language model"
     save_checkpoint(folder, without_lora(model), kind, config, tokenizer=tokenizer.name)
+
+
+def refuse_others(path: Path) -> None:
+    """InputError for what people take for a model: an adapter alone, a file that is no GGUF."""
+    adapter = path / "adapter_config.json"
+    if adapter.exists() and not (path / "config.json").exists():
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path", "another model")
+        raise InputError(f"{path}: a PEFT adapter of {base}, not a model; merge it into its base "
+                         f"first (merge_and_unload, then save_pretrained) and pass that folder")
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{path}: not a GGUF file; pass a folder: of this project, or of "
+                                 f"Hugging Face's layout (nanoGPT's ckpt.pt: its weights go into "
+                                 f"such a folder of model_type gpt2)")
 
 
 def is_published(source: str) -> bool:

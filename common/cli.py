@@ -2,6 +2,8 @@
 import argparse
 import errno
 import inspect
+import io
+import os
 import re
 import signal
 import sys
@@ -38,6 +40,7 @@ class Flags(DeviceFlags):
     max_norm: float = 1.0          # norm to which each optimizer's gradient is clipped
     save_every: int = 0            # steps between states for --resume; 0: every ten minutes
     resume: bool = False           # go on from the last state in out
+    overwrite: bool = False        # replace the finished run in out
     shard: bool = False            # torchrun: each process keeps a part of weights and moments
 
 
@@ -66,9 +69,14 @@ def parse_args(config_class: type, argv: list[str] | None = None,
                             **shapes.get(kind, {}))
     flags = vars(parser.parse_args(argv))
     values = dict((presets or {}).get(flags.pop("preset", None), {}))
-    values |= {name: tuple(value) if isinstance(value, list) else value
+    values |= {name: tuple(map(at_home, value)) if isinstance(value, list) else at_home(value)
                for name, value in flags.items()}
     return config_class(**values)
+
+
+def at_home(value):
+    """A path with the home folder in place of ~, which shells leave alone after `=`."""
+    return os.path.expanduser(value) if isinstance(value, str) and value[:2] == "~/" else value
 
 
 def own_first(config_class: type) -> list:
@@ -117,6 +125,9 @@ def check_flags(config, limits: dict[str, tuple], needed: dict[str, str]) -> Non
 
 def main(run, config_class: type, presets: dict[str, dict] | None = None) -> None:
     """Call `run(config)` from the command line; what the person can fix is one line."""
+    for stream in (sys.stdout, sys.stderr):      # a Windows console's code page lacks our letters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     config = parse_args(config_class, presets=presets)
     try:
         with parallel.processes():

@@ -30,7 +30,8 @@ from common.parallel import (all_gather, all_reduce, full_tensors, rank, shard_l
 KEEP = 2         # states: if the last one is damaged there is one before it
 MINUTES = 10     # between them, where --save_every does not say how many steps
 # Flags that may differ between a run and its continuation.
-FREE = ("resume", "save_every", "device", "shard", "out", "micro_batch", "max_kl", "sample_every")
+FREE = ("resume", "overwrite", "save_every", "device", "shard", "out", "micro_batch", "max_kl",
+        "sample_every")
 
 
 class Resume:
@@ -67,8 +68,11 @@ class Resume:
         """InputError where --resume, or its absence, does not fit what is there."""
         config = self.config
         if config.resume and finished:
-            raise InputError(f"{config.out}: this run is finished; leave --resume out to begin "
-                             f"anew")
+            raise InputError(f"{config.out}: this run is finished; choose another --out, or begin "
+                             f"anew with --overwrite and without --resume")
+        if finished and not config.overwrite:
+            raise InputError(f"{config.out}: holds a finished run; another --out leaves it alone, "
+                             f"--overwrite replaces its model, log and best/")
         if config.resume and not old:
             raise InputError(f"--resume: no checkpoint in {self.folder}; leave --resume out to "
                              f"begin anew")

@@ -117,9 +117,18 @@ def ranking_rows(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int,
         prompt = tokenizer.render_prompt(ranking.messages)
         responses = [[*tokenizer.encode(text), tokenizer.end] for text in ranking.responses]
         if len(prompt) + max(map(len, responses)) <= block_size:
-            kept.append(RankingRow(prompt, responses, ranking.scores, ranking.margin))
+            kept.append(RankingRow(prompt, responses, tied(responses, ranking.scores),
+                                   ranking.margin))
     report(len(rankings), len(rankings) - len(kept), 0, block_size)
     return kept
+
+
+def tied(responses: list[list[int]], scores: list[float]) -> list[float]:
+    """The scores, the same for equal responses: a model can not tell them apart."""
+    best: dict[tuple[int, ...], float] = {}
+    for response, score in zip(responses, scores):
+        best[tuple(response)] = max(score, best.get(tuple(response), score))
+    return [best[tuple(response)] for response in responses]
 
 
 def response_row(prompt: list[int], response: list[int]) -> Row:
@@ -139,16 +148,17 @@ def report(total: int, dropped: int, cut: int, limit: int) -> None:
 
 # ----------------------------------------------------------------------------- held-out rows
 
-def read_untied(*paths: str) -> list[Ranking]:
-    """The rankings of these files that hold a pair; the others are counted on stderr.
+def read_untied(paths: tuple[str, ...], tokenizer: Tokenizer, block_size: int,
+                max_tokens: int = 0) -> list[RankingRow]:
+    """The rankings of these files that hold a pair, as rows; the others are counted on stderr.
 
     InputError if no ranking holds one.
     """
-    rankings = read_rankings(*paths)
-    kept = [ranking for ranking in rankings if ranking.untied]
-    if len(kept) < len(rankings):
-        print(f"{len(rankings)} rankings: {len(rankings) - len(kept)} left out, all their "
-              f"responses tied", file=sys.stderr)
+    rows = ranking_rows(read_rankings(*paths), tokenizer, block_size, max_tokens)
+    kept = [row for row in rows if row.untied]
+    if len(kept) < len(rows):
+        print(f"{len(rows)} rankings: {len(rows) - len(kept)} left out, all their responses tied "
+              f"or equal", file=sys.stderr)
     if not kept:
         raise InputError(f"{paths[0]}: nothing to learn from, every ranking is tied; give some "
                          f"response a higher score")
@@ -177,9 +187,9 @@ def ranking_splits(data: tuple[str, ...], val: str, tokenizer: Tokenizer, block_
     """
     if val and fold:
         raise InputError(f"--fold {fold}: has no meaning with --val; leave one of them out")
-    rows = ranking_rows(read_untied(*data), tokenizer, block_size, max_tokens)
+    rows = read_untied(data, tokenizer, block_size, max_tokens)
     if val:
-        return rows, ranking_rows(read_untied(val), tokenizer, block_size, max_tokens)
+        return rows, read_untied((val,), tokenizer, block_size, max_tokens)
     if len(rows) == 1:
         return rows, rows
     if not fold < len(rows):

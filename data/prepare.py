@@ -34,7 +34,9 @@ if not __package__:
 from common.cli import main
 from common.errors import InputError
 from common.files import write_atomically
-from data.readers import demonstration, ranking, read_rows, read_text, renamed
+from data.readers import converted, demonstration, ranking, read_text
+from data.rows import read_rows
+from data.turns import Unusable
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +249,9 @@ def usable(kind: str, rows: list[tuple[str, dict]], path: Path,
     kept, refused = [], []
     for where, row in rows:
         try:
-            named = renamed(row, where)
-            if named is not None:
-                READERS[kind](named, where)
+            converted(READERS[kind], row, where)
+            kept.append(row)
+        except Unusable:                    # the readers drop and count it
             kept.append(row)
         except InputError as error:
             refused.append(error)

@@ -1,27 +1,23 @@
-r"""Read the layouts in which people already have their data, from `.json`, `.jsonl`, `.txt`,
-`.gz` of any of these, or `.parquet`.
-
-The content decides, never the extension: the first bytes show gzip, the text shows a JSON list or
-one object per line, and the keys of each row show the layout. Keys that a layout does not name are
-ignored.
+r"""Rows to conversations: the layouts in which people already have their data (→ `rows.py` for the
+files themselves). The keys of each row show its layout.
 
 demonstrations  {"instruction", "input" (optional), "output"}           Alpaca
                 {"instruction", "instances": [{"input", "output"}]}     Self-Instruct: one row each
                 {"messages": [{"role", "content"}, …]}                  the assistant speaks last
                 {"prompt", "completion"} or {"prompt", "response"}      text or messages
-                {"instruction", "context", "response"}                  Dolly
                 {"conversations": [{"from", "value"}, …]}               ShareGPT; see `sharegpt`
-pairs           {"prompt", "chosen", "rejected", "margin" (optional)}   text or messages
+                further names for the same: NAMES
+pairs           {"prompt", "chosen", "rejected", "margin" (optional)}   text, a message or messages
                 {"instruction", "input" (optional), "chosen", "rejected"}
                 {"chosen", "rejected"}      whole dialogues: messages, or HH-RLHF transcripts with
                                             "\n\nHuman:" and "\n\nAssistant:" before the turns
                 {"instruction" and "input", or "input", "output_1", "output_2",
-                 "preference" or "label": 1 or 2}                       AlpacaFarm, LLMBar
+                 "preference": 1 to 2, or "label": 1 or 2}              AlpacaFarm, LLMBar
 rankings        {"prompt" or "instruction" (+ "input") or "messages", "responses"}   our own
                 {"instruction", "completions": [{"response", "overall_score"}, …]}   UltraFeedback
 prompts         any of the above, or {"prompt"}, {"instruction"} or {"messages"} alone,
                 or {"turns"} (MT-Bench: the first)
-plain text      {"text"}, or text with a line that holds only <|endoftext|> between documents
+plain text      {"text"}, or text with <|endoftext|> between documents
 
 A ranking is one prompt with K >= 2 responses, scored (higher is better) or ranked (1 is best), with
 ties or without. It is written in one of two ways, the second with "ranks" or "scores":
@@ -30,28 +26,46 @@ ties or without. It is written in one of two ways, the second with "ranks" or "s
     {"prompt": "A hue?", "responses": ["Red.", "Blue.", "No."], "ranks": [1, 1, 3]}
 
 Pairs and rankings serve as demonstrations too: the chosen or best response answers the prompt.
+`system` and `history` ([[question, answer], …]) beside any of these become turns before it.
 
-Several files are read one after the other. `FILE:0.7 OTHER:0.3` makes a mixture instead (not of
-plain text): see `mixed`.
+A field that is null is absent. One that nothing reads is named once a file, unless it is NEUTRAL;
+one that would change the meaning (MEANING) is refused. Several files are read one after the other.
+`FILE:0.7 OTHER:0.3` makes a mixture instead (not of plain text): see `mixed`.
 
-Every fault raises InputError in one line: file, line (JSON lines) or row (JSON list), field,
-remedy. In a field such as `responses[2].score`, [0] is the first. Only HH-RLHF transcripts and
-ShareGPT dialogues are dropped, and counted: see `pair` and `sharegpt`.
+Every fault raises InputError: file, line (JSON lines) or row (JSON list), field, remedy; of several
+broken rows the first five. In a field such as `responses[2].score`, [0] is the first. Rows that
+nobody at the keyboard can mend are dropped, and counted by reason: see `Unusable`.
 """
-import gzip
-import io
-import json
 import re
 import sys
-import zlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import free_memory
+from data.rows import describe, is_objects, read_content, read_rows, wrong
+from data.turns import (ROLES, Unusable, conversation, is_hh, message_of, number, role_of, sharegpt,
+                        text, transcript)
 
-ROW_KEYS = {"messages", "prompt", "instruction", "chosen", "rejected", "responses", "text",
-            "conversations", "output_1", "turns"}
+# Their name → ours, where a row has none of ours. A further layout that only names things
+# otherwise takes a line here.
+NAMES = {
+    "question": "prompt", "problem": "prompt", "query": "prompt", "inputs": "prompt",
+    "answer": "completion", "solution": "completion", "targets": "completion",
+    "context": "input", "system_prompt": "system", "system_message": "system",
+    "kto_tag": "label", "conversation": "conversations", "dialog": "conversations"}
+# Fields that say nothing about what is to be learned.
+NEUTRAL = {"id", "idx", "index", "uuid", "prompt_id", "source", "category", "dataset", "language",
+           "instances", "is_classification", "name", "text"}
+# Fields that a kind of row reads where they mean something, so that one left over is no accident.
+OURS = {"messages", "chosen", "rejected", "responses", "scores", "ranks", "margin", "conversations",
+        "output_1", "output_2", "completions", "turns"}
+REPLIES = {"output", "completion", "response", "answer", "solution", "targets"}
+MEANING = {"demonstration": {"prompt", "instruction", "input", "system", "history", "tools",
+                             "functions", "label", *REPLIES},
+           "ranking": {"prompt", "instruction", "input", "system", "history", "tools", "functions",
+                       "label", "preference"},
+           "prompt": {"prompt", "instruction", "input", "system", "history", "tools", "functions"}}
 ACCEPTED = {
     "demonstration": ("instruction + output, messages, prompt + completion or response, "
                       "or a ranking"),
@@ -59,6 +73,20 @@ ACCEPTED = {
                 "as dialogues"),
     "prompt": "prompt, instruction, messages, or a demonstration or ranking",
 }
+class Fields(dict):
+    """A row that remembers which of its fields were read."""
+
+    def __init__(self, row: dict):
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.read.add(key)
+        return super().get(key, default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,49 +132,125 @@ def read_prompts(*paths: str | Path) -> list[list[dict]]:
 
 
 def read_text(*paths: str | Path) -> list[str]:
-    """Documents for base training, without blank lines around them; none is empty.
+    """Documents for base training, without blank lines around them; empty ones are left out and
+    counted.
 
-    A file that opens as a JSON object does, or a list of them, gives the "text" of each row. Any
-    other is split at lines that hold only <|endoftext|>; where there are none it is one document.
-    Raises InputError.
+    A file that opens as a JSON object does, or a list of them, gives the "text" of each row. Text
+    is split at every <|endoftext|>; where there are none it is one document. Raises InputError.
     """
     documents = []
     for path in paths:
         content = read_content(path)
         if re.match(r'\s*(\[\s*)?\{\s*"', content):
-            found = [text(row.get("text"), "text", where) for where, row in read_rows(path)]
+            rows = [(where, row.get("text")) for where, row in read_rows(path)]
+            empty = sum(isinstance(value, str) and not value.strip() for _, value in rows)
+            if empty:
+                print(f"{Path(path).name}: dropped {empty} of {len(rows)} documents: empty",
+                      file=sys.stderr)
+            found = [piece for where, value in rows
+                     if not isinstance(value, str) or value.strip()
+                     for piece in documents_in(text(value, "text", where, ends=True))]
         else:
-            pieces = re.split(r"(?m)^[ \t]*<\|endoftext\|>[ \t]*$", content.replace("\r\n", "\n"))
-            found = [piece.strip("\n") for piece in pieces if piece.strip()]
+            found = [piece.strip("\n") for piece in documents_in(content.replace("\r\n", "\n"))]
         if not found:
             raise InputError(f"{path}: expected text, found none; name a file with text in it")
         documents += found
     return documents
 
 
+def documents_in(content: str) -> list[str]:
+    """The parts of a text between <|endoftext|>, wherever it stands, but for empty ones."""
+    return [piece for piece in re.split(r"[ \t]*<\|endoftext\|>[ \t]*", content)
+            if piece.strip()]
+
+
+@dataclass(slots=True)
+class Reading:
+    """What one file holds, read as one kind."""
+    rows: int                                                # all of them
+    items: list = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)          # one reason each
+    dropped: Counter = field(default_factory=Counter)        # reason → rows
+    left: Counter = field(default_factory=Counter)           # field that nothing reads → rows
+
+    def notes(self) -> list[str]:
+        """What was not used, and why."""
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.most_common())
+        said = [f"dropped {self.dropped.total()} of {self.rows} rows: {reasons}"] * bool(reasons)
+        return said + [f"left alone: {', '.join(sorted(self.left))}"] * bool(self.left)
+
+
+def read_as(convert, rows: list[tuple[str, dict]]) -> Reading:
+    """`convert(row, where)` of each (where, row). convert: demonstration, ranking or prompt."""
+    reading = Reading(len(rows))
+    for where, row in rows:
+        try:
+            item, left = converted(convert, row, where)
+            reading.items.append(item)
+            reading.left.update(left)
+        except Unusable as reason:
+            reading.dropped[str(reason)] += 1
+        except InputError as error:
+            reading.broken.append(str(error))
+    return reading
+
+
+def converted(convert, row: dict, where: str) -> tuple:
+    """(what a row holds, the fields that nothing has read). Raises InputError or Unusable."""
+    fields = renamed(row, where)
+    item = convert(fields, where)
+    return item, left_alone(fields, item, convert.__name__, where)
+
+
+def left_alone(row: Fields, item, kind: str, where: str) -> set[str]:
+    """The fields that nothing has read; InputError for one that changes what the row means."""
+    left = {key for key in row.keys() - row.read - NEUTRAL - OURS
+            if row.get(key) not in ("", [], {}, "[]")}
+    if left & MEANING[kind]:
+        turns = item if isinstance(item, list) else item.messages
+        for key in sorted(left & MEANING[kind]):
+            # The same text once more, alone or inside a template, changes nothing.
+            if not (isinstance(row[key], str) and any(
+                    turn["content"] in row[key] or row[key].strip() in turn["content"]
+                    for turn in turns)):
+                raise wrong(where, key, "nothing, as this layout does not read it",
+                            describe(row[key]), "it would change what the row means: put it where "
+                            "it is read, or remove the field")
+    return left - MEANING[kind] - REPLIES
+
+
 def read_each(paths: tuple, convert) -> list:
-    """`convert(row, where)` of each row of each file; rows that it answers with None are
-    dropped and counted."""
+    """The items of each file; what was dropped or left alone is said once a file."""
     files = []
     names, weights = zip(*map(path_and_weight, paths))
     for path in names:
-        rows = read_rows(path)
-        named = ((where, renamed(row, where)) for where, row in rows)
-        kept = [item for item in (convert(row, where) for where, row in named if row is not None)
-                if item is not None]
-        dropped = f"dropped {len(rows) - len(kept)} of {len(rows)} rows: identical or empty replies"
-        if not kept:
-            raise InputError(f"{path}: expected usable rows, found none ({dropped}); "
-                             "name another file")
-        if len(kept) < len(rows):
-            print(f"{Path(path).name}: {dropped}", file=sys.stderr)
-        files.append(kept)
+        reading = read_as(convert, read_rows(path))
+        if reading.broken:
+            raise InputError(first_faults(path, reading.broken))
+        if not reading.items:
+            raise InputError(f"{path}: expected usable rows, found none "
+                             f"({'; '.join(reading.notes())}); name another file")
+        for note in reading.notes():
+            print(f"{Path(path).name}: {note}", file=sys.stderr)
+        files.append(reading.items)
     if not any(weights):
         return [item for items in files for item in items]
     if not all(weights):
         raise InputError(f"{names[weights.index(0)]}: the other files have a weight; "
                          f"give this one too, as {names[weights.index(0)]}:1")
     return mixed(files, weights)
+
+
+def first_faults(path: str | Path, broken: list[str]) -> str:
+    """One fault as it is; of several the first five and their number; of the same fault in each
+    row the first."""
+    kinds = {fault.split(": ", 1)[-1].split(", found")[0] for fault in broken}
+    if len(broken) == 1:
+        return broken[0]
+    if len(kinds) == 1:
+        return f"{broken[0]} (and {len(broken) - 1} more rows like it)"
+    more = ", the first five of them" * (len(broken) > 5)
+    return f"{path}: {len(broken)} broken rows{more}:\n  " + "\n  ".join(broken[:5])
 
 
 def path_and_weight(path: str | Path) -> tuple[str | Path, float]:
@@ -168,107 +272,80 @@ def mixed(files: list[list], weights: tuple[float, ...]) -> list:
 
 # ----------------------------------------------------------------------------- other people's names
 
-def layout(row: dict) -> str:
-    """The published layout that a row's keys show, or "" for those that need no renaming."""
-    keys = row.keys()
-    layouts = (("Dolly", {"instruction", "context", "response"}),
-               ("ShareGPT", {"conversations"}),
-               ("AlpacaFarm", {"output_1", "output_2", "preference"}),
-               ("LLMBar", {"output_1", "output_2", "label"}),
-               ("UltraFeedback", {"instruction", "completions"}), ("MT-Bench", {"turns"}))
-    own = keys & {"messages", "prompt", "instruction"}
-    return next((name for name, needed in layouts
-                 if needed <= keys and not (name == "MT-Bench" and own)), "")
-
-
-def renamed(row: dict, where: str) -> dict | None:
-    """A row of a published layout under this project's names; any other row as it is.
-
-    None for a dialogue without a reply.
-    """
-    name = layout(row)
-    if name == "Dolly":
-        return {"instruction": row["instruction"], "input": row["context"],
-                "output": row["response"]}
-    if name == "ShareGPT":
-        turns = sharegpt(row["conversations"], where)
-        return {"messages": turns} if turns else None
-    if name in ("AlpacaFarm", "LLMBar"):
-        key = "preference" if name == "AlpacaFarm" else "label"
-        if row[key] not in (1, 2) or isinstance(row[key], bool):
-            raise wrong(where, key, "1 or 2, the better output", describe(row[key]),
-                        "correct it or remove the row")
-        better, worse = ("output_1", "output_2") if row[key] == 1 else ("output_2", "output_1")
-        question = ({"instruction": row["instruction"], "input": row.get("input")}
-                    if "instruction" in row else {"prompt": row.get("input")})
-        return {**question, "chosen": row[better], "rejected": row[worse]}
-    if name == "UltraFeedback":
-        if not is_objects(row["completions"]):
-            raise wrong(where, "completions", "a list of objects", describe(row["completions"]),
+def renamed(row: dict, where: str) -> Fields:
+    """A row of a published layout under this project's names, its other fields kept."""
+    ours = {}
+    for key, value in row.items():
+        name = NAMES.get(key, key)
+        ours[key if name in row or name in ours else name] = value
+    keys = ours.keys()
+    if "input" in keys and keys & REPLIES and not keys & {"instruction", "prompt", "messages"}:
+        ours["prompt"] = ours.pop("input")
+    if is_objects(ours.get("messages")) and any("from" in turn for turn in ours["messages"]):
+        ours["conversations"] = ours.pop("messages")
+    if "conversations" in keys:
+        ours["messages"] = sharegpt(ours.pop("conversations"), where, answered="chosen" not in keys)
+    if {"output_1", "output_2"} <= keys:
+        return preferred(ours, where)
+    if {"instruction", "completions"} <= keys:                          # UltraFeedback
+        if not is_objects(ours["completions"]):
+            raise wrong(where, "completions", "a list of objects", describe(ours["completions"]),
                         "write an object for each")
-        answers = [{"text": one.get("response"),
-                    "score": one.get("overall_score", one.get("score"))}
-                   for one in row["completions"]]
-        return {"instruction": row["instruction"], "responses": answers}
-    if name == "MT-Bench":
-        turns = row["turns"]
-        return {"prompt": turns[0] if isinstance(turns, list) and turns else turns}
-    return row
+        ours["responses"] = [{"text": one.get("response"),
+                              "score": one.get("overall_score", one.get("score"))}
+                             for one in ours.pop("completions")]
+    if "turns" in keys and not keys & {"messages", "prompt", "instruction"}:        # MT-Bench
+        turns = ours["turns"]
+        ours["prompt"] = turns[0] if isinstance(turns, list) and turns else turns
+    return Fields(ours)
 
 
-def sharegpt(value, where: str) -> list[dict]:
-    """The messages of a ShareGPT dialogue, without assistant turns before the first human one and
-    without human turns after the last answer: people shared dialogues from the middle.
-
-    Two turns of one speaker become one of two paragraphs. [] where nothing is left, or where a turn
-    is empty, as nobody at the keyboard can mend that.
-    """
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
-             "assistant": "assistant", "bard": "assistant", "bing": "assistant", "system": "system"}
-    if not is_objects(value):
-        raise wrong(where, "conversations", 'a list of {"from", "value"}', describe(value),
-                    "write an entry per turn")
-    turns = []
-    for i, one in enumerate(value):
-        if not isinstance(one.get("from"), str) or one["from"] not in roles:
-            raise wrong(where, f"conversations[{i}].from", "human, gpt or system",
-                        describe(one.get("from")), "rename it")
-        if one.get("value") is None or not str(one["value"]).strip():
-            return []
-        turn = {"role": roles[one["from"]], "content": one["value"]}
-        if turns and turns[-1]["role"] == turn["role"] and isinstance(turn["content"], str):
-            turn["content"] = f"{turns.pop()['content']}\n\n{turn['content']}"
-        turns.append(turn)
-    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), len(turns))
-    systems = [turn for turn in turns[:first] if turn["role"] == "system"]
-    turns = turns[first:]
-    while turns and turns[-1]["role"] != "assistant":
-        turns.pop()
-    return systems + turns if turns else []
+def preferred(row: dict, where: str) -> Fields:
+    """AlpacaFarm's and LLMBar's: two outputs, and which is better. A preference between 1 and 2 is
+    for the nearer one, 1.5 for neither."""
+    key = "label" if "label" in row else "preference"
+    value, outputs = row.pop(key, None), [row.pop("output_1"), row.pop("output_2")]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 1 <= value <= 2 or key == "label" and value not in (1, 2):
+        raise wrong(where, key, "1 or 2, the better output", describe(value),
+                    "correct it or remove the row")
+    if "instruction" not in row:
+        row["prompt"] = row.pop("input", None)
+    if value == 1.5:
+        answers = [{"text": output, "score": 0} for output in outputs]
+        return Fields(row | {"responses": answers})
+    better, worse = outputs if value < 1.5 else outputs[::-1]
+    return Fields(row | {"chosen": better, "rejected": worse})
 
 
 # ----------------------------------------------------------------------------- one row, by its keys
 
-def demonstration(row: dict, where: str) -> list[dict] | None:
-    """The conversation that a row demonstrates; None for HH-RLHF that ends without a reply."""
+def demonstration(row: Fields, where: str) -> list[dict]:
+    """The conversation that a row demonstrates. Unusable: labelled false (KTO), or HH-RLHF that
+    ends without a reply."""
+    if isinstance(dict.get(row, "label"), bool) and not row["label"]:
+        raise Unusable("labelled false")
     if "responses" in row:
         ranked = ranked_responses(row, where)
         best = ranked.scores.index(max(ranked.scores))
         return ranked.messages + [{"role": "assistant", "content": ranked.responses[best]}]
     for question, answer in (("instruction", "output"), ("prompt", "completion"),
-                             ("prompt", "response")):
+                             ("prompt", "response"), ("instruction", "response"),
+                             ("instruction", "completion"), ("prompt", "output")):
         if question in row and answer in row:
             return dialogue(row, answer, where)
     if "chosen" in row or "rejected" in row:
         turns = dialogue(row, "chosen", where)
-        return turns if turns and turns[-1]["role"] == "assistant" else None
+        if not turns or turns[-1]["role"] != "assistant":
+            raise Unusable("no reply at its end" if turns else "an empty turn")
+        return turns
     if "messages" in row:
-        return conversation(row["messages"], "messages", where)
+        return with_system(conversation(row["messages"], "messages", where), row, where)
     raise unrecognised(row, where, "demonstration")
 
 
-def ranking(row: dict, where: str) -> Ranking | None:
-    """The ranking that a row holds; None for HH-RLHF transcripts that hold none."""
+def ranking(row: Fields, where: str) -> Ranking:
+    """The ranking that a row holds. Unusable: HH-RLHF transcripts that hold none."""
     if "responses" in row:
         return ranked_responses(row, where)
     if "chosen" in row or "rejected" in row:
@@ -276,55 +353,91 @@ def ranking(row: dict, where: str) -> Ranking | None:
     raise unrecognised(row, where, "ranking")
 
 
-def prompt(row: dict, where: str) -> list[dict] | None:
-    """The conversation up to the user's last turn; None for HH-RLHF transcripts without a pair."""
+def prompt(row: Fields, where: str) -> list[dict]:
+    """The conversation up to the user's last turn. Unusable: HH-RLHF transcripts without a pair."""
     if "chosen" in row or "rejected" in row:
-        ranked = pair(row, where)
-        return ranked.messages if ranked else None
+        return pair(row, where).messages
     field = "messages" if "messages" in row else "prompt"
-    turns = row.get(field)
-    if isinstance(turns, list):
+    turns = dict.get(row, field)
+    if isinstance(turns, list) and "instruction" not in row:
         answered = turns and role_of(turns[-1]) == "assistant"
-        return conversation(turns[:-1] if answered else turns, field, where, last="user")
+        return with_system(conversation(row[field][:-1] if answered else row[field], field, where,
+                                        last="user"), row, where)
     if not row.keys() & {"messages", "prompt", "instruction"}:
         raise unrecognised(row, where, "prompt")
     return asked(row, where)
 
 
-def asked(row: dict, where: str) -> list[dict]:
-    """What a row's `instruction`, `prompt` or `messages` ask, as messages up to a user turn."""
+def asked(row: Fields, where: str) -> list[dict]:
+    """What a row's `instruction`, `prompt` or `messages` ask, as messages up to a user turn, after
+    its `system` and `history`."""
     field = next((key for key in ("instruction", "prompt", "messages") if key in row), "prompt")
     value = row.get(field)
     if isinstance(value, list) or field == "messages":
-        return conversation(value, field, where, last="user")
+        return with_system(conversation(value, field, where, last="user"), row, where)
     content = text(value, field, where)
-    # HH-RLHF that someone has split into prompt and replies.
-    if content.startswith("\n\nHuman:"):
+    if is_hh(content):                         # that someone has split into prompt and replies
         turns = transcript(re.sub(r"\n\nAssistant:\s*\Z", "", content), field, where)
-        return conversation(turns, field, where, last="user")
+        return with_system(conversation(turns, field, where, last="user"), row, where)
     extra = row.get("input") or ""
-    if field == "instruction" and str(extra).strip():
+    if str(extra).strip():
         content += "\n\n" + text(extra, "input", where)
-    return [{"role": "user", "content": content}]
+    return with_system(earlier(row, where) + [{"role": "user", "content": content}], row, where)
 
 
-def dialogue(row: dict, field: str, where: str) -> list[dict]:
-    """What a row asks and the reply in `field`, which is text, the assistant's messages, or a
-    dialogue with both."""
+def earlier(row: Fields, where: str) -> list[dict]:
+    """The turns of `history`, a list of [question, answer]."""
+    turns = []
+    for i, turn in enumerate(row.get("history") or []):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise wrong(where, f"history[{i}]", "[question, answer]", describe(turn),
+                        "write the dialogue as messages")
+        turns += [{"role": role, "content": text(said, f"history[{i}]", where)}
+                  for role, said in zip(("user", "assistant"), turn)]
+    return turns
+
+
+def with_system(turns: list[dict], row: Fields, where: str) -> list[dict]:
+    """The turns behind what the row's `system` says, if anything."""
+    system = row.get("system") or ""
+    if not str(system).strip():
+        return turns
+    if turns[0]["role"] == "system":
+        if turns[0]["content"] != system:
+            raise wrong(where, "system", "one system turn", "another in the dialogue",
+                        "keep one of them")
+        return turns
+    return [{"role": "system", "content": text(system, "system", where)}, *turns]
+
+
+def dialogue(row: Fields, field: str, where: str) -> list[dict]:
+    """What a row asks and the reply in `field`, which is text, a message, the assistant's messages,
+    or a dialogue with both."""
     value = row.get(field)
     if is_transcript(row, field):
         return transcript(value, field, where)
+    if isinstance(value, dict):
+        value = [message_of(value)]
+        value[0]["role"] = ROLES.get(value[0].get("role"), value[0].get("role"))
     if not isinstance(value, list):
-        reply = {"role": "assistant", "content": text(value, field, where)}
-        return asked(row, where) + [reply]
+        reply = text(value, field, where)
+        if is_hh(dict.get(row, "prompt")):
+            reply = reply.strip()              # as it has no space where the transcript is whole
+        return asked(row, where) + [{"role": "assistant", "content": reply}]
     if value and role_of(value[0]) == "assistant":
         return asked(row, where) + conversation(value, field, where, first="assistant")
-    return conversation(value, field, where)
+    return with_system(conversation(value, field, where), row, where)
+
+
+def is_transcript(row: Fields, field: str) -> bool:
+    """True for an HH-RLHF dialogue: `field` is text, and no other key says what it answers."""
+    return (isinstance(dict.get(row, field), str)
+            and not row.keys() & {"prompt", "instruction", "messages"})
 
 
 # ----------------------------------------------------------------------------- pairs and rankings
 
-def pair(row: dict, where: str) -> Ranking | None:
+def pair(row: Fields, where: str) -> Ranking:
     """A Ranking of K = 2 from `chosen` and `rejected`.
 
     The prompt is the longest list of turns that both dialogues share and that ends just before
@@ -332,9 +445,9 @@ def pair(row: dict, where: str) -> Ranking | None:
     goes on to say. Whole turns are compared, not characters: replies may begin alike, or one may be
     the other's beginning.
 
-    Returns None for HH-RLHF transcripts that hold no such turns (identical dialogues, or dialogues
-    that part at a human turn) or hold an empty turn: the published files have a few, and nobody at
-    the keyboard can mend them. In other layouts the same reply twice is kept, and teaches nothing.
+    Unusable: HH-RLHF transcripts that hold no such turns (identical dialogues, or dialogues that
+    part at a human turn) or hold an empty turn: the published files have a few. In other layouts
+    the same reply twice is a tie.
     """
     chosen, rejected = dialogue(row, "chosen", where), dialogue(row, "rejected", where)
     differ = [i for i, (one, other) in enumerate(zip(chosen, rejected)) if one != other]
@@ -342,16 +455,17 @@ def pair(row: dict, where: str) -> Ranking | None:
     roles = [turn["role"] for turn in chosen[shared:][:1] + rejected[shared:][:1]]
     parted = roles == ["assistant", "assistant"] and (differ or chosen == rejected)
     if is_transcript(row, "chosen") and not (parted and differ):
-        return None
+        raise Unusable("identical replies" if chosen == rejected and chosen else
+                       "no two replies to one prompt" if chosen and rejected else "an empty turn")
     if not parted:
         raise wrong(where, "rejected", "the turns of chosen up to a reply that differs",
                     f"others from turn {shared + 1} on", "give both dialogues the same prompt")
     margin = number(row.get("margin", 0.0), "margin", where)
     responses = [chosen[shared]["content"], rejected[shared]["content"]]
-    return Ranking(chosen[:shared], responses, [1.0, 0.0], margin)
+    return Ranking(chosen[:shared], responses, [1.0 if differ else 0.0, 0.0], margin)
 
 
-def ranked_responses(row: dict, where: str) -> Ranking:
+def ranked_responses(row: Fields, where: str) -> Ranking:
     """A Ranking of `responses`: objects with score or rank, or text beside `scores` or `ranks`."""
     messages, responses = asked(row, where), row["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
@@ -377,210 +491,11 @@ def ranked_responses(row: dict, where: str) -> Ranking:
     return Ranking(messages, texts, scores, number(row.get("margin", 0.0), "margin", where))
 
 
-# ----------------------------------------------------------------------------- conversations
-
-def conversation(value, field: str, where: str, first: str = "user",
-                 last: str = "assistant") -> list[dict]:
-    """Checked messages without other keys: one system turn at most, then turns that alternate
-    from `first` to `last`."""
-    if not isinstance(value, list) or not value:
-        raise wrong(where, field, 'a list of {"role", "content"}', describe(value),
-                    "write an entry per turn")
-    turns, due = [], first
-    for i, message in enumerate(value):
-        role = role_of(message)
-        if role not in ("system", "user", "assistant"):
-            raise wrong(where, f"{field}[{i}].role", "system, user or assistant", describe(role),
-                        "rename it")
-        if role == due:
-            due = "assistant" if role == "user" else "user"
-        elif role != "system" or i > 0:
-            raise wrong(where, f"{field}[{i}].role", due, role,
-                        "after one system turn at most, user and assistant must alternate")
-        turns.append({"role": role,
-                      "content": text(message.get("content"), f"{field}[{i}].content", where)})
-    if role != last:
-        raise wrong(where, field, f"a last turn by the {last}", f"one by the {role}",
-                    "complete the dialogue")
-    return turns
-
-
-def role_of(message) -> str | None:
-    """The role of a message; None where there is none."""
-    return message.get("role") if isinstance(message, dict) else None
-
-
-def is_transcript(row: dict, field: str) -> bool:
-    """True for an HH-RLHF dialogue: `field` is text, and no other key says what it answers."""
-    return (isinstance(row.get(field), str)
-            and not row.keys() & {"prompt", "instruction", "messages"})
-
-
-def transcript(value: str, field: str, where: str) -> list[dict]:
-    """The turns of an HH-RLHF transcript; [] where one is empty or the assistant speaks first.
-
-    A speaker announced twice in a row, as in the published files, has one turn of two paragraphs.
-    """
-    head, *parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", text(value, field, where))
-    if head or not parts:
-        raise wrong(where, field, r"a transcript that begins with '\n\nHuman:'", describe(value),
-                    "add a `prompt` to the row if this is the reply alone")
-    turns = []
-    for speaker, content in zip(parts[::2], parts[1::2]):
-        role = "user" if speaker == "Human" else "assistant"
-        if turns and turns[-1]["role"] == role:
-            content = turns.pop()["content"] + "\n\n" + content.strip()
-        turns.append({"role": role, "content": content.strip()})
-    return turns if turns[0]["role"] == "user" and all(turn["content"] for turn in turns) else []
-
-
-# ----------------------------------------------------------------------------- files
-
-def read_content(path: str | Path) -> str:
-    """The text of a file, decompressed if it begins as gzip does, without a byte-order mark;
-    parquet as JSON lines."""
-    # A text is held as bytes, as a string and as rows: four times its size or more.
-    room = free_memory() / 4
-    try:
-        if Path(path).stat().st_size > room:
-            raise too_large(path, Path(path).stat().st_size)
-        data = Path(path).read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            pieces, size = [], 0
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                while piece := file.read(2 ** 24):
-                    pieces.append(piece)
-                    size += len(piece)
-                    if size > room:
-                        raise too_large(path, size)
-            data = b"".join(pieces)
-        data = parquet_lines(path, data) if data[:4] == b"PAR1" else data
-        return data.decode("utf-8-sig")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: expected a whole gzip file, found one that is cut short or "
-                         "damaged; download or compress it again") from error
-    except OSError as error:
-        raise InputError(f"{path}: expected a file, found: {error.strerror}; name a file that can "
-                         "be read, not a folder") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: expected UTF-8 text, found the byte "
-                         f"0x{error.object[error.start]:02x}; save the file as UTF-8") from error
-
-
-def too_large(path: str | Path, size: int) -> InputError:
-    """The error for a file that would not fit into memory."""
-    return InputError(f"{path}: {size / 2 ** 20:,.1f} MiB or more, too much for the memory that is "
-                      "free; split the file (plain text: into a folder of files, of which only "
-                      "one is read at a time)")
-
-
-def parquet_lines(path: str | Path, data: bytes) -> bytes:
-    """The rows of a parquet file as JSON lines; InputError without pyarrow, an optional extra."""
-    try:
-        from pyarrow import ArrowException, BufferReader, parquet      # ArrowIOError is an OSError
-    except ImportError as error:
-        raise InputError(f"{path}: a parquet file; pip install pyarrow reads it, "
-                         "or save it as .jsonl") from error
-    try:
-        rows = parquet.read_table(BufferReader(data)).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected a whole parquet file, found one that is cut short or "
-                         "damaged; download it again") from error
-    return "\n".join(json.dumps(row, default=str) for row in rows).encode()
-
-
-def read_rows(path: str | Path) -> list[tuple[str, dict]]:
-    """(where, row) for each row of a JSON list, of an object that holds one, or of JSON lines."""
-    content = read_content(path)
-    # Not splitlines: it also cuts at U+2028 and the like, which may stand unescaped in a string.
-    lines = [(n, line.strip()) for n, line in enumerate(content.split("\n"), start=1)
-             if line.strip()]
-    if lines and (lines[0][1].startswith("[") or not lines[0][1].endswith("}")):
-        rows = [(f"{path}, row 1", parse_json(content, path, 1))]       # one value over all lines
-    else:
-        rows = [(f"{path}, line {n}", parse_json(line, path, n)) for n, line in lines]
-    if len(rows) == 1:
-        value = rows[0][1]
-        if isinstance(value, dict) and not value.keys() & ROW_KEYS:
-            value = next((rows for rows in value.values() if is_objects(rows)), value)
-        if isinstance(value, list):
-            rows = [(f"{path}, row {n}", row) for n, row in enumerate(value, start=1)]
-    if not rows:
-        raise InputError(f"{path}: expected at least one row, found none; "
-                         "name a file with rows in it")
-    return [(where, flat) for where, row in rows for flat in flatten(row, where)]
-
-
-def flatten(row, where: str) -> list[dict]:
-    """The row itself, or one row for each of its `instances`: that is where Self-Instruct keeps
-    input and output."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object, found {describe(row)}; "
-                         f"write fields in {{}}")
-    instances = row.get("instances", [{}])
-    if not instances or not is_objects(instances):
-        raise wrong(where, "instances", "a list of objects", describe(instances),
-                    "write an object for each")
-    return [row | instance for instance in instances]
-
-
-def is_objects(value) -> bool:
-    """True for a list that holds nothing but objects."""
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
-def parse_json(content: str, path: str | Path, line: int):
-    """The value of the JSON text that begins on `line` of a file."""
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {line + error.lineno - 1}: expected JSON, found a fault in "
-                         f"column {error.colno} ({error.msg}); "
-                         "write a JSON list or one object per line") from error
-    except (RecursionError, ValueError) as error:   # ValueError: a number of thousands of digits
-        raise InputError(f"{path}, line {line}: expected rows of plain fields, found JSON nested "
-                         "too deeply or a number too long; check what wrote the file") from error
-
-
-# ----------------------------------------------------------------------------- checks
-
-def text(value, field: str, where: str) -> str:
-    """`value`, which must be a string with something in it besides white space."""
-    if not isinstance(value, str) or not value.strip():
-        raise wrong(where, field, "text", describe(value), "fill it in or remove the row")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise wrong(where, field, "Unicode text", "half of a surrogate pair",
-                    "write the whole character")
-    return value
-
-
-def number(value, field: str, where: str) -> float:
-    """`value` as a float; it must be a finite number, and 0 is one."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not abs(value) <= sys.float_info.max:       # NaN fails every comparison
-        raise wrong(where, field, "a finite number", describe(value),
-                    "correct it or remove the row")
-    return float(value)
-
-
-def describe(value) -> str:
-    """A value in a few words, on one line."""
-    if isinstance(value, (list, dict)):
-        return f"a list of {len(value)}" if isinstance(value, list) else "an object"
-    shown = "nothing (missing or null)" if value is None else repr(value)
-    return shown if len(shown) <= 40 else shown[:40] + "…"
-
-
-def wrong(where: str, field: str, expected: str, found: str, remedy: str) -> InputError:
-    """The error for one field of one row."""
-    return InputError(f"{where}: field {field}: expected {expected}, found {found}; {remedy}")
-
-
 def unrecognised(row: dict, where: str, kind: str) -> InputError:
     """The error for a row that is no `kind`: its keys, what is accepted, what it seems to be."""
     keys = ", ".join(describe(key) for key in list(row)[:8]) or "none"
-    guess = ("demonstrations" if row.keys() & {"output", "completion", "response", "messages"} else
+    guess = ("unpaired labels (KTO), which are no preferences" if "label" in row else
+             "demonstrations" if row.keys() & {"output", "completion", "response", "messages"} else
              "prompts without answers" if row.keys() & {"prompt", "instruction"} else
              "another layout")
     return InputError(f"{where}: expected a {kind} ({ACCEPTED[kind]}), found the keys {keys}, "

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from common.cli import check_flags, main
 from common.errors import InputError
 from data.batches import response_row
-from data.readers import demonstration, layout, path_and_weight, prompt, ranking, read_rows, renamed
+from data.readers import demonstration, path_and_weight, prompt, ranking, read_as
+from data.rows import read_rows
 from data.tokenizer import Tokenizer, get_tokenizer, show
 
 # The richest reading first.
@@ -30,35 +31,37 @@ class Config:
 
 
 def kind_of(rows: list[tuple[str, dict]]) -> str:
-    """What the rows can be read as, by the reader that understands most of them; of equals the
-    first in KINDS."""
-    def understood(convert):
-        count = 0
-        for where, row in rows[:200]:
-            try:
-                row = renamed(row, where)
-                if row is not None:
-                    convert(row, where)
-                count += 1
-            except InputError:
-                pass
-        return count
-    counts = {kind: understood(convert) for kind, convert in KINDS.items()}
-    return max(counts, key=counts.get)
+    """What the rows are: the richest kind as which half of the first 200 or more can be read, or
+    else the one as which most can. InputError, with each kind's first reason, if none can."""
+    first = rows[:200]
+    readings = {kind: read_as(convert, first) for kind, convert in KINDS.items()}
+    counts = {kind: len(first) - len(reading.broken) for kind, reading in readings.items()}
+    if not any(counts.values()):
+        raise InputError("\n  ".join(["no row can be read", *(
+            f"as {kind}: {reading.broken[0]}" for kind, reading in readings.items())]))
+    return next((kind for kind, count in counts.items() if 2 * count >= len(first)),
+                max(counts, key=counts.get))
+
+
+# Name → the keys that show it; the first that fits.
+LAYOUTS = {"Self-Instruct": {"instances"}, "Dolly": {"instruction", "context", "response"},
+           "ShareGPT": {"conversations"}, "AlpacaFarm": {"output_1", "output_2", "preference"},
+           "LLMBar": {"output_1", "output_2", "label"},
+           "UltraFeedback": {"instruction", "completions"},
+           "this project's rankings": {"responses"},
+           "Alpaca pairs": {"instruction", "chosen", "rejected"},
+           "prompt, chosen, rejected": {"prompt", "chosen", "rejected"},
+           "HH-RLHF or dialogues": {"chosen", "rejected"}, "Alpaca": {"instruction", "output"},
+           "messages": {"messages"}, "MT-Bench": {"turns"},
+           "KTO": {"prompt", "completion", "label"},
+           "prompt, completion": {"prompt", "completion"},
+           "prompt, response": {"prompt", "response"}}
 
 
 def name_of(row: dict) -> str:
     """The layout that a row's keys show, in the words of readers.py."""
-    keys = row.keys()
-    named = [("Self-Instruct", {"instances"}), ("this project's rankings", {"responses"}),
-             ("Alpaca pairs", {"instruction", "chosen", "rejected"}),
-             ("prompt, chosen, rejected", {"prompt", "chosen", "rejected"}),
-             ("HH-RLHF or dialogues", {"chosen", "rejected"}),
-             ("Alpaca", {"instruction", "output"}), ("messages", {"messages"}),
-             ("prompt, completion", {"prompt", "completion"}),
-             ("prompt, response", {"prompt", "response"})]
-    return layout(row) or next((name for name, needed in named if needed <= keys),
-                               "keys " + ", ".join(sorted(keys)))
+    return next((name for name, needed in LAYOUTS.items() if needed <= row.keys()),
+                "keys " + ", ".join(sorted(row.keys())))
 
 
 def rendered(item, kind: str, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
@@ -87,18 +90,8 @@ def describe_file(path: str, tokenizer: Tokenizer, config: Config) -> None:
     """Print all of it for one file."""
     rows = read_rows(path)
     kind = kind_of(rows)
-    items, broken, unusable = [], [], 0
-    for where, row in rows:
-        try:
-            row = renamed(row, where)
-            item = None if row is None else KINDS[kind](row, where)
-        except InputError as error:
-            broken.append(str(error))
-            continue
-        if item is None:
-            unusable += 1
-        else:
-            items.append(item)
+    reading = read_as(KINDS[kind], rows)
+    items = reading.items
     layouts = Counter(name_of(row) for _, row in rows)
     print(f"{path}: {len(rows):,} rows, read as {kind} "
           f"({', '.join(f'{name}: {n:,}' for name, n in layouts.most_common(3))})")
@@ -107,10 +100,11 @@ def describe_file(path: str, tokenizer: Tokenizer, config: Config) -> None:
         tied = sum(len(set(item.scores)) < len(item.scores) for item in items)
         print(f"  K: {', '.join(f'{k} ({n:,})' for k, n in sorted(sizes.items())[:8])}; "
               f"{tied:,} with ties")
-    if broken:
-        print(f"  {len(broken):,} broken, the first:\n    " + "\n    ".join(broken[:3]))
-    if unusable:
-        print(f"  {unusable:,} dropped: identical or empty replies, or no reply")
+    if reading.broken:
+        print(f"  {len(reading.broken):,} broken, the first:\n    "
+              + "\n    ".join(reading.broken[:5]))
+    for note in reading.notes():
+        print(f"  {note}")
     if not items:
         return
     texts = [text for item in items for text in rendered(item, kind, tokenizer)]

@@ -3,13 +3,17 @@ PYTHON=${PYTHON:-python}
 SEED=${SEED:-1}
 OUT=${OUT:-out/tinytown}
 
-# train FOLDER SCRIPT FLAGS: a stage; one that Ctrl-C stopped in that folder goes on
+# train FOLDER SCRIPT FLAGS: a stage; one that Ctrl-C stopped in that folder goes on, a finished one
+# is replaced
 train() {
-    local out=$1 resume=; shift
-    if ls "$out"/resume/step_*.pt > /dev/null 2>&1 && [ ! -e "$out/final.json" ]; then
-        resume=--resume
+    local out=$1 again=; shift
+    if [ -e "$out/final.json" ]; then
+        echo "$out: replaces the finished run there" >&2
+        again=--overwrite
+    elif ls "$out"/resume/step_*.pt > /dev/null 2>&1; then
+        again=--resume
     fi
-    $PYTHON "$@" --seed "$SEED" --out "$out" $resume
+    $PYTHON "$@" --seed "$SEED" --out "$out" $again
 }
 
 # train_large: a base of over five times the parameters, on the same text

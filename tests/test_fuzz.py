@@ -40,7 +40,9 @@ fuzz, fuzz_runs = (settings(max_examples=COUNT, **calm),
 KEYS = ("messages", "prompt", "instruction", "input", "output", "chosen", "rejected", "responses",
         "response", "completion", "text", "score", "scores", "ranks", "rank", "role", "content",
         "conversations", "from", "value", "output_1", "output_2", "preference", "label",
-        "completions", "overall_score", "turns", "instances", "context", "category", "margin", "")
+        "completions", "overall_score", "turns", "instances", "context", "category", "margin", "",
+        "system", "history", "tools", "kto_tag", "question", "answer", "weight", "tool_calls",
+        "type", "row", "rows", "train", "test", "truncated_cells")
 MARKS = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
          "<|im_start|>assistant\n", "\n\nHuman: hi", "\n\nAssistant: yes")
 words = st.one_of(st.text(max_size=12), st.sampled_from(MARKS),
@@ -62,7 +64,23 @@ near_rows = st.one_of(                      # nearly right: one thing of each la
     st.fixed_dictionaries({"instruction": words, "input": scalars, "output": words}),
     st.fixed_dictionaries({"conversations": st.lists(
         st.fixed_dictionaries({"from": words, "value": words}), max_size=3)}),
-    st.fixed_dictionaries({"chosen": words, "rejected": words}))
+    st.fixed_dictionaries({"chosen": words, "rejected": words}),
+    st.fixed_dictionaries({"prompt": words, "completion": words, "label": scalars}),
+    st.fixed_dictionaries({"instruction": words, "output": words, "system": values,
+                           "history": values}),
+    st.fixed_dictionaries({"instruction": words, "output_1": words, "output_2": words,
+                           "preference": st.one_of(st.floats(0.5, 2.5), scalars)}),
+    st.fixed_dictionaries({"conversations": st.lists(st.fixed_dictionaries(
+        {"role": st.sampled_from(("user", "assistant", "tool")),
+         "content": st.one_of(words, st.lists(st.fixed_dictionaries(
+             {"type": st.sampled_from(("text", "image_url")), "text": scalars}), max_size=2))}),
+        max_size=3), "chosen": values, "rejected": values}))
+wrapped = st.one_of(                        # what may stand around rows
+    st.dictionaries(st.sampled_from(("train", "test", "data", "rows", "0")),
+                    st.one_of(st.lists(near_rows, max_size=3), near_rows), max_size=3),
+    st.fixed_dictionaries({"rows": st.lists(st.fixed_dictionaries(
+        {"row": near_rows, "truncated_cells": values}), max_size=3)}),
+    st.dictionaries(st.sampled_from(KEYS), st.lists(words, max_size=2), max_size=3))
 
 
 def check(path) -> None:
@@ -80,7 +98,8 @@ def check(path) -> None:
                 else:
                     rendered(item)
         except InputError as error:
-            assert path.name in str(error) and "\n" not in str(error), str(error)
+            said = str(error).split("\n")                 # of several broken rows five at most
+            assert all(path.name in line for line in said) and len(said) <= 6, str(error)
 
 
 def rendered(messages: list[dict]) -> None:
@@ -118,6 +137,13 @@ def test_any_rows(tmp_path, items, as_list, cut, flip):
     data[flip % len(data)] ^= 1 << flip % 8
     (tmp_path / "hurt.jsonl").write_bytes(bytes(data)[:len(data) - cut % len(data)])
     check(tmp_path / "hurt.jsonl")
+
+
+@fuzz
+@given(content=wrapped)
+def test_any_wrapper(tmp_path, content):
+    (tmp_path / "wrapped.json").write_text(json.dumps(content))
+    check(tmp_path / "wrapped.json")
 
 
 @fuzz

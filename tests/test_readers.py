@@ -11,9 +11,10 @@ import pytest
 
 from common.errors import InputError
 from data import show as data_show
-from data.readers import (Ranking, demonstration, prompt, ranking, read_demonstrations,
-                          read_prompts, read_rankings, read_text)
+from data.readers import (Ranking, converted, demonstration, prompt, ranking,
+                          read_demonstrations, read_prompts, read_rankings, read_text)
 from data.tokenizer import get_tokenizer
+from data.turns import Unusable
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data folder at {SHARED}")
@@ -129,7 +130,7 @@ def test_prompt_layouts(tmp_path, row, expected):
 A, B = [user("a")], [1.0, 0.0]
 RANKINGS = [
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, Ranking(A, ["b", "c"], B)),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, Ranking(A, ["b", "b"], B)),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, Ranking(A, ["b", "b"], [0.0, 0.0])),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}, Ranking(A, ["b", "c"], B, 2.0)),
     ({"prompt": [user("a")], "chosen": "b", "rejected": "c"}, Ranking(A, ["b", "c"], B)),
     ({"messages": [user("a")], "chosen": "b", "rejected": "c"}, Ranking(A, ["b", "c"], B)),
@@ -139,7 +140,7 @@ RANKINGS = [
       "rejected": [user("a"), assistant("c")]},
      Ranking(A, ["b", "c"], B)),
     ({"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("b")]},
-     Ranking(A, ["b", "b"], B)),
+     Ranking(A, ["b", "b"], [0.0, 0.0])),
     ({"chosen": [system("s"), user("a"), assistant("b"), user("c"), assistant("d")],
       "rejected": [system("s"), user("a"), assistant("b"), user("c"), assistant("e")]},
      Ranking([system("s"), user("a"), assistant("b"), user("c")], ["d", "e"], B)),
@@ -234,31 +235,33 @@ def test_hh_speaker_announced_twice_has_one_turn(tmp_path):
     assert read_rankings(write(tmp_path, row)) == [Ranking(A, ["b\n\nc", "b"], B)]
 
 
-@pytest.mark.parametrize("chosen, rejected", [
+@pytest.mark.parametrize("chosen, rejected, reason", [
     # identical
-    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well."),
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well.", "identical replies"),
     # identical but for white space
-    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant:  Well.\n"),
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant:  Well.\n", "identical replies"),
     # part at a human turn
-    ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: A\n\nAssistant: c"),
+    ("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: A\n\nAssistant: c",
+     "no two replies to one prompt"),
     # one stops earlier
-    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well.\n\nHuman: Good."),
-    (f"{START}\n\nAssistant: Well.", START),
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: Well.\n\nHuman: Good.",
+     "no two replies to one prompt"),
+    (f"{START}\n\nAssistant: Well.", START, "no two replies to one prompt"),
     # empty replies
-    (f"{START}\n\nAssistant:", f"{START}\n\nAssistant: Well."),
-    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: "),
+    (f"{START}\n\nAssistant:", f"{START}\n\nAssistant: Well.", "an empty turn"),
+    (f"{START}\n\nAssistant: Well.", f"{START}\n\nAssistant: ", "an empty turn"),
     # an empty question
-    ("\n\nHuman:\n\nAssistant: a", "\n\nHuman:\n\nAssistant: b"),
+    ("\n\nHuman:\n\nAssistant: a", "\n\nHuman:\n\nAssistant: b", "an empty turn"),
     # nobody asked
-    ("\n\nAssistant: a", "\n\nAssistant: b"),
+    ("\n\nAssistant: a", "\n\nAssistant: b", "an empty turn"),
 ])
-def test_hh_pairs_without_use_are_dropped_and_counted(tmp_path, capsys, chosen, rejected):
+def test_hh_pairs_without_use_are_dropped_and_counted(tmp_path, capsys, chosen, rejected,
+                                                      reason):
     good = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
     path = write(tmp_path, {"chosen": chosen, "rejected": rejected}, good, name="hh.jsonl")
     for read in (read_rankings, read_prompts):
         assert len(read(path)) == 1
-        assert capsys.readouterr().err == (
-            "hh.jsonl: dropped 1 of 2 rows: identical or empty replies\n")
+        assert capsys.readouterr().err == f"hh.jsonl: dropped 1 of 2 rows: {reason} (1)\n"
 
 
 def test_hh_dialogue_without_a_last_reply_is_no_demonstration(tmp_path, capsys):
@@ -315,7 +318,7 @@ def test_several_files_in_the_order_given_and_as_text_or_path(tmp_path):
     ("one\n\n<|endoftext|>\ntwo\nlines\n<|endoftext|>\n", ["one", "two\nlines"]),
     ("one\r\n<|endoftext|>\r\ntwo\r\nlines", ["one", "two\nlines"]),
     ("<|endoftext|>\n<|endoftext|>\n  indented <|endoftext|> inside\n",
-     ["  indented <|endoftext|> inside"]),
+     ["  indented", "inside"]),
     ("[Enter a king]\n{aside} 17", ["[Enter a king]\n{aside} 17"]),
     ('{"text": "one\\n"}\n\n{"text": "two"}\n', ["one\n", "two"]),
     ('[{"text": "one"},\n {"text": "two", "id": 3}]', ["one", "two"]),
@@ -374,7 +377,7 @@ def test_json_that_is_broken_or_holds_no_rows(tmp_path, content, found):
 
 def test_text_complaints(tmp_path):
     assert "line 2: field text" in complaint(read_text,
-                                             write(tmp_path, {"text": "a"}, {"text": " "}))
+                                             write(tmp_path, {"text": "a"}, {"text": 3}))
     assert "line 1: field text" in complaint(read_text, write(tmp_path, {"prompt": "a"}))
     assert "line 2: expected JSON" in complaint(read_text, write(tmp_path, {"text": "a"}, "{text"))
     assert "found none" in complaint(read_text, write(tmp_path, "<|endoftext|>"))
@@ -390,7 +393,7 @@ COMPLAINTS = {
         ({"instruction": "a"}, "output"),
         ({"prompt": "a"}, "completion"),
         ({"instruction": "a", "output": 3}, "field output: expected text, found 3"),
-        ({"instruction": "a", "output": None}, "field output: expected text, found nothing"),
+        ({"instruction": "a", "output": None}, "look like prompts without answers"),
         ({"instruction": "a", "output": " \n"}, "field output: expected text"),
         ({"instruction": "", "output": "b"}, "field instruction: expected text"),
         ({"instruction": "a", "input": 5, "output": "b"}, "field input: expected text, found 5"),
@@ -420,7 +423,7 @@ COMPLAINTS = {
     ],
     read_prompts: [
         ({"prompt": ""}, "field prompt: expected text"),
-        ({"prompt": None}, "field prompt: expected text, found nothing"),
+        ({"prompt": None}, "found the keys none"),
         ({"messages": [assistant("b")]}, "field messages"),
         ({"messages": [system("s")]}, "last turn by the user"),
         ({"prompt": "\n\nHuman:\n\nAssistant:"}, "field prompt"),
@@ -507,7 +510,9 @@ def test_any_value_in_any_field_is_read_or_refused_in_one_line():
     for base, field, value in itertools.product(bases, fields, values):
         for convert in (demonstration, ranking, prompt):
             try:
-                item = convert({**base, field: value}, "rows.jsonl, line 1")
+                item, _ = converted(convert, {**base, field: value}, "rows.jsonl, line 1")
+            except Unusable:
+                continue
             except InputError as error:
                 assert (str(error).startswith("rows.jsonl, line 1: ")
                         and len(str(error).splitlines()) == 1)
@@ -562,7 +567,7 @@ def test_published_hh(capsys):
     found = read_rankings(path)
     assert (len(rows) == 2312 and len(found) == 2308
             and ends_well([one.messages for one in found], "user"))
-    assert "dropped 4 of 2312 rows: identical or empty replies" in capsys.readouterr().err
+    assert "dropped 4 of 2312 rows: an empty turn (4)" in capsys.readouterr().err
     assert all(one.responses[0] != one.responses[1] and all(one.responses) for one in found)
     kept = [row for row in rows
             if not any(text.endswith("Assistant:") or text.endswith("Assistant: ")
@@ -659,7 +664,7 @@ def test_two_outputs_and_which_is_better(tmp_path, key):
                                    Ranking([user("Say.\n\n1")], ["b", "a"], [1.0, 0.0]),
                                    Ranking([user("Ask.")], ["b", "a"], [1.0, 0.0])]
     assert read_demonstrations(path)[1] == [user("Say.\n\n1"), assistant("b")]
-    for wrong_value in (0, 3, "1", True, None):
+    for wrong_value in (0, 3, "1", True):
         assert f"field {key}" in complaint(read_rankings,
                                            write(tmp_path, rows[0] | {key: wrong_value}))
 
@@ -778,6 +783,6 @@ def test_show_recognises_kinds(tmp_path, capsys):
     assert "read as prompts (MT-Bench: 1)" in shown(capsys, prompts)
     transcripts = write(tmp_path, {"chosen": "\n\nHuman: a\n\nAssistant: b",
                                    "rejected": "\n\nHuman: a\n\nAssistant: b"}, name="hh.jsonl")
-    assert "1 dropped" in shown(capsys, transcripts)
+    assert "dropped 1 of 1 rows" in shown(capsys, transcripts)
     with pytest.raises(InputError, match="name one or more"):
         data_show.describe(data_show.Config())
