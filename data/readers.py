@@ -387,8 +387,11 @@ def asked(row: Fields, where: str) -> list[dict]:
 
 def earlier(row: Fields, where: str) -> list[dict]:
     """The turns of `history`, a list of [question, answer]."""
-    turns = []
-    for i, turn in enumerate(row.get("history") or []):
+    turns, history = [], row.get("history") or []
+    if not isinstance(history, list):
+        raise wrong(where, "history", "a list of [question, answer]", describe(history),
+                    "write the dialogue as messages")
+    for i, turn in enumerate(history):
         if not isinstance(turn, list) or len(turn) != 2:
             raise wrong(where, f"history[{i}]", "[question, answer]", describe(turn),
                         "write the dialogue as messages")
@@ -418,7 +421,8 @@ def dialogue(row: Fields, field: str, where: str) -> list[dict]:
         return transcript(value, field, where)
     if isinstance(value, dict):
         value = [message_of(value)]
-        value[0]["role"] = ROLES.get(value[0].get("role"), value[0].get("role"))
+        if isinstance(value[0].get("role"), str):
+            value[0]["role"] = ROLES.get(value[0]["role"], value[0]["role"])
     if not isinstance(value, list):
         reply = text(value, field, where)
         if is_hh(dict.get(row, "prompt")):
