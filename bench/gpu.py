@@ -187,8 +187,8 @@ def ppo() -> None:
     start = time.perf_counter()
     train_ppo.train(train_ppo.Config(
         data=(str(pairs),), init=str(folder / "sft"), reward=str(folder / "rm"),
-        out=str(folder / "ppo"), steps=steps, batch_size=256, minibatches=1, inner_epochs=4,
-        max_new_tokens=32, ptx_coef=0.0, device="cuda"))
+        out=str(folder / "ppo"), overwrite=True, steps=steps, batch_size=256, minibatches=1,
+        inner_epochs=4, max_new_tokens=32, ptx_coef=0.0, device="cuda"))
     say("PPO, 256 episodes of 64 + 32 tokens, 4 inner epochs", "whole run, loading included",
         f"{steps * 256 / (time.perf_counter() - start):,.0f} episodes/s", "", "")
 

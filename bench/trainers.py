@@ -88,7 +88,8 @@ def main() -> None:
     checkpoints(folder)
     encoded = ids(rows)
     shared = dict(data=(str(pairs),), val=str(one), init=str(folder / "sft"), epochs=1,
-                  batch_size=BATCH, device="cpu", dtype="float32", out=str(folder / "out"))
+                  batch_size=BATCH, device="cpu", dtype="float32", overwrite=True,
+                  out=str(folder / "out"))
 
     def trainer(kind, config, rows: list[dict], *networks):
         return kind(*networks, settings(config, folder, max_steps=STEPS),
@@ -139,8 +140,8 @@ def main_ppo() -> None:
     def ours():
         train_ppo.train(train_ppo.Config(
             data=(str(pairs),), init=str(folder / "sft"), reward=str(folder / "rm"),
-            out=str(folder / "ppo"), steps=PPO_STEPS, batch_size=EPISODES, minibatches=1,
-            inner_epochs=4, max_new_tokens=PPO_RESPONSE, ptx_coef=0.0, device="cpu",
+            out=str(folder / "ppo"), overwrite=True, steps=PPO_STEPS, batch_size=EPISODES,
+            minibatches=1, inner_epochs=4, max_new_tokens=PPO_RESPONSE, ptx_coef=0.0, device="cpu",
             dtype="float32"))
 
     def theirs():
