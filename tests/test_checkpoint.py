@@ -213,10 +213,12 @@ def test_two_runs_in_one_folder_are_refused(resume, town, tmp_path, monkeypatch)
 def test_the_last_two_checkpoints_are_kept(town, tmp_path):
     run("base", town, tmp_path, save_every=3)
     assert kept(tmp_path) == ["000000006", "000000008"]
-    with pytest.raises(InputError, match="this run is finished; leave --resume out to begin anew"):
+    with pytest.raises(InputError, match="this run is finished; choose another --out"):
         run("base", town, tmp_path, save_every=3, resume=True)
-    # A finished run is no obstacle, and leaves nothing.
-    run("base", town, tmp_path, save_every=2, steps=4)
+    with pytest.raises(InputError, match="holds a finished run"):
+        run("base", town, tmp_path, save_every=3)
+    # Told to be replaced, it leaves nothing.
+    run("base", town, tmp_path, save_every=2, steps=4, overwrite=True)
     assert kept(tmp_path) == ["000000002", "000000004"]
 
 
@@ -424,7 +426,7 @@ def test_a_retrained_stage_is_the_same_start(town, tmp_path, monkeypatch):
         run("base", town, tmp_path / "base", resume=True, **start)
         with pytest.raises(Stopped):
             run("sft", town, tmp_path / "sft", init=str(tmp_path / "base"))
-    run("base", town, tmp_path / "base", **start)
+    run("base", town, tmp_path / "base", overwrite=True, **start)
     run("sft", town, tmp_path / "sft", init=str(tmp_path / "base"), resume=True)
 
 
@@ -448,14 +450,14 @@ def test_a_run_that_was_resumed_does_not_look_unfinished(town, tmp_path, monkeyp
     run("base", town, tmp_path, resume=True)
     seconds = [row["seconds"] for row in files.read_log(tmp_path / "metrics.jsonl")]
     assert seconds == sorted(seconds) and len(seconds) == 8
-    run("base", town, tmp_path)                              # anew: no --resume needed
+    run("base", town, tmp_path, overwrite=True)              # anew: no --resume needed
 
 
 @pytest.mark.parametrize("stage", ["base", "sft", "rm", "dpo"])
 def test_the_best_model_is_kept(stage, town, tmp_path, monkeypatch):
     """The one of the lowest held-out loss, which is not the last; through an interruption too."""
     changes = dict(eval_every=2) | ({"lora_rank": 2} if stage == "dpo" else {})
-    if stage in ("base", "sft"):                        # uphill, so that the first look is the best
+    if stage != "dpo":                                  # uphill, so that the first look is the best
         monkeypatch.setattr(SCRIPTS[stage], "learning_rate", lambda *_, **__: -1e-3)
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
