@@ -91,8 +91,9 @@ def ppo_probs(toy, beta: float):
                            for text, ended in map(tokenizer.response_text, responses)],
                           dtype=torch.double)
     config = train_ppo.Config(init="toy", data=(str(folder / "prompts.jsonl"),),
-                              out=str(folder / "ppo"), steps=100, batch_size=256, minibatches=2,
-                              max_new_tokens=2, beta=beta, ptx_coef=0, lr=1e-2, value_lr=1e-2,
+                              out=str(folder / "ppo"), overwrite=True, steps=100,
+                              batch_size=256, minibatches=2, max_new_tokens=2, beta=beta,
+                              ptx_coef=0, lr=1e-2, value_lr=1e-2,
                               lam=1.0, cliprange_value=10.0, missing_end_score=-0.5,
                               sample_every=10**6, device="cpu")
     train_ppo.train(config, reward=lambda conversations, texts: [reward(text) for text in texts])
@@ -127,7 +128,8 @@ def dpo_probs(toy, beta: float):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = str(folder / "pairs.jsonl")
     config = train_dpo.Config(init="toy", data=(pairs,), val=pairs, out=str(folder / "dpo"),
-                              beta=beta, epochs=12, lr=3e-3, batch_size=128, device="cpu")
+                              overwrite=True, beta=beta, epochs=12, lr=3e-3, batch_size=128,
+                              device="cpu")
     train_dpo.train(config)
     reference = sequence_probs(toy_policy(), responses)
     trained = sequence_probs(saved[-1], responses)

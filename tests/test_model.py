@@ -417,7 +417,7 @@ def test_respond_keeps_the_order_of_the_prompts(gpt, capfd):
     class Words:
         end = 13
 
-        def response_text(self, ids):
+        def response_text(self, ids, stop):
             return " ".join(map(str, ids)), self.end in ids
 
     expected = gpt.generate(PROMPTS, 5, temperature=0, stop_token=13)
@@ -432,7 +432,7 @@ def test_the_seed_of_respond_decides(gpt):
     class Words:
         end = 13
 
-        def response_text(self, ids):
+        def response_text(self, ids, stop):
             return "", True
 
     first, again, other = (respond(gpt, [Prompt([], ids) for ids in PROMPTS], Words(), 5, seed=seed)

@@ -149,7 +149,7 @@ def folder(tmp_path, monkeypatch):
     return root
 
 
-FOLDER = ["Ada keeps a goat.", "Ben eats jam.", "Eve likes blue.", "Write <|endoftext|> here."]
+FOLDER = ["Ada keeps a goat.", "Ben eats jam.", "Eve likes blue.", "Write", "here."]
 
 
 def test_a_folder_is_its_files_in_the_order_of_their_names(folder):
