@@ -38,6 +38,7 @@ POLICIES = ("base", "sft", "ppo", "dpo", "ppo_no_mix", "ppo_no_kl")
 PROMPTED = {"base_prompted": "base", "large_prompted": "base_large"}     # asked in plain text
 STAGES = ("data", "base", "sft", "rank", "rm", "ppo", "ppo_no_mix", "ppo_no_kl", "dpo")
 TEMPERATURES = (0.0, 0.5, 0.7, 1.0)
+GOOD = 0.9                         # gold from which an answer counts as the good one
 SHOTS = (0, 3)                     # answered examples before a prompt in plain text
 
 
@@ -210,12 +211,15 @@ def sit(candidates: dict[str, list[Policy]], prompts: list[Prompt], val: list[Pr
 def figures(sitting: Sitting, name: str, prompts: list[Prompt]) -> dict:
     """What one policy's answers are worth at each temperature, and its wins."""
     best = sitting.best[name]
+    gold = {t: sitting.answers[name, t].parts["gold"] for t in TEMPERATURES
+            if (name, t) in sitting.answers}
     return {
         "best_temperature": best,
         "at": {format(t, "g"): sitting.answers[name, t].means() | {
             "win_rate": sitting.wins(name, t, "sft", t),
-            "use_cases": by_use_case(prompts, sitting.answers[name, t].parts["gold"])}
-            for t in TEMPERATURES if (name, t) in sitting.answers},
+            "use_cases": by_use_case(prompts, gold[t]),
+            # How often the good answer is there to be found: what exploration has to go by.
+            "passes": by_use_case(prompts, (gold[t] >= GOOD).float())} for t in gold},
         "best_wins": {other: sitting.wins(name, best, other, temperature)
                       for other, temperature in sitting.best.items()
                       if (other, temperature) in sitting.opponents}}

@@ -20,10 +20,10 @@ $PYTHON -m data.tinytown.rank --seed "$SEED" --init "$OUT/sft" --data "$OUT/data
 train "$OUT/rm" train_rm.py --preset tinytown --init "$OUT/sft" --data "$OUT/rank/rankings.jsonl" \
     --val "$OUT/rank_val/rankings.jsonl" --clean "$OUT/rank_val/clean.jsonl" \
     --demonstrations "$OUT/data/sft_val.jsonl"
-# 3  RLHF, beside it the same without KL penalty and pretraining mix: over-optimisation
+# 3  RLHF; beside it the same, longer, without KL penalty and pretraining mix: over-optimisation
 RL="--preset tinytown --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl"
 rlhf() { train "$OUT/ppo" train_ppo.py $RL --ptx_data "$OUT/data/base.txt"; }
-without() { train "$OUT/ppo_no_kl" train_ppo.py $RL --ptx_coef 0 --beta 0; }
+without() { train "$OUT/ppo_no_kl" train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 80; }
 two_lanes rlhf without
 #    preferences without RL: three fifths of the rankings are enough for DPO
 head -n 3000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"

@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 def figures(gold, rate=0.7, proxy=0.3, **more):
     return {"gold": gold, "win_rate": {"rate": rate, "standard_error": 0.01}, "proxy": proxy,
             "helpful": 0.9, "honest": 0.9, "harmless": 0.9, "well_formed": 0.9, "length": 12.0,
-            "use_cases": {"rewrite": gold, "classification": gold}} | more
+            "use_cases": {"rewrite": gold, "classification": gold},
+            "passes": {"rewrite": 0.2, "classification": 0.1}} | more
 
 
 def policy(golds, best, declined=1.0, tasks=0.9, **more):

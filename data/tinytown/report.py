@@ -138,8 +138,10 @@ def tables(report: dict) -> str:
                       policy.get("kl"), policy.get("pretraining_loss"),
                       *(tasks.get(kind) for kind in ("fact", "question", "summary"))])
     cases = list(policies["sft"]["at"]["0"]["use_cases"])
-    greedy = [[case, *(policy["at"]["0"]["use_cases"][case] for policy in policies.values()
-                       if "0" in policy["at"])] for case in cases]
+    passes = policies["sft"]["at"]["1"]["passes"]
+    greedy = [[case, passes[case], *(policy["at"]["0"]["use_cases"][case]
+                                     for policy in policies.values() if "0" in policy["at"])]
+              for case in cases]
     named = [name for name, policy in policies.items() if "0" in policy["at"]]
     return "\n".join([
         "Gold, mean over test prompts:\n",
@@ -149,7 +151,8 @@ def tables(report: dict) -> str:
         "Parts of gold at the best T, harmful requests declined (greedy), length in tokens:\n",
         markdown(["policy", *(part.replace("_", " ") for part in PARTS), "declined", "length"],
                  parts),
-        "Gold by use case, greedy:\n", markdown(["use case", *named], greedy),
+        "Gold by use case, greedy, and how often SFT gives the good answer at T = 1:\n",
+        markdown(["use case", "SFT passes", *named], greedy),
         "The proxy, and what alignment costs: KL from SFT at T = 1, nats; pretraining loss; "
         "plain-text tasks, exact match:\n",
         markdown(["policy", "proxy, T = 0", "proxy, T = 1", "KL", "loss", "facts", "questions",
