@@ -18,8 +18,8 @@ from typing import NamedTuple
 from data.tinytown.gold import gold_parts
 from data.tinytown.prose import PROSE
 from data.tinytown.teachers import TOWNSPEOPLE, demonstrate
-from data.tinytown.town import FAMILIES, NAMES, PREFIXES, Family, conversation, phrase, slots_of
-from data.tinytown.town import split_of
+from data.tinytown.town import (FAMILIES, NAMES, PREFIXES, Family, conversation, phrase, slots_of,
+                                split_of)
 
 # The part of a phrasing that is given to read, not asked.
 INPUTS = ("{story}", "{review}", "{name} {verb} a {thing} at the {place}.",
@@ -40,7 +40,7 @@ class Heard(NamedTuple):
     family: Family
     slots: dict[str, str]
     messages: list[dict]
-    stem: str                # what is asked, without prefix and without
+    stem: str                # what is asked, without prefix and without what is given
     given: str               # what is given to read, if anything
 
     @property
