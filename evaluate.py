@@ -54,6 +54,7 @@ class Config(DeviceFlags):
     n: int = 16                    # of best-of-n
     kl_prompts: int = 60           # prompts on which the KL of best-of-n is measured
     kl_samples: int = 32           # further samples of each of them
+    missing_end_score: float = -3.0   # of best-of-n's response that never ends, as in PPO
     max_new_tokens: int = 48
 
 

@@ -34,6 +34,7 @@ class Config(DeviceFlags):
     opponents: int = 4             # SFT responses that each chosen one is compared with
     kl_prompts: int = 60           # prompts on which the KL is measured
     kl_samples: int = 32           # further samples of each of them
+    missing_end_score: float = -3.0   # of a response that never ends, as in PPO
     max_new_tokens: int = 48
 
 
@@ -103,21 +104,29 @@ def seed_of(seed: int, title: str) -> int:
     return zlib.crc32(f"{seed} {title}".encode())
 
 
+def scores(reward: Reward, prompts: list[Prompt], responses: list[Response],
+           missing_end_score: float) -> Tensor:
+    """The reward of each response, (n,), or missing_end_score for one that never ends."""
+    ended = torch.tensor([response.ended for response in responses])
+    return torch.tensor(reward(prompts, responses)).where(ended, missing_end_score)
+
+
 def best_of_n(policy: GPT, reward: Reward, prompts: list[Prompt], tokenizer: Tokenizer,
               config) -> Chosen:
     """Choose, and measure the KL on some of the prompts. config: of this file, or one with its n,
-    kl_prompts, kl_samples, max_new_tokens and seed."""
+    kl_prompts, kl_samples, missing_end_score, max_new_tokens and seed."""
     n = config.n
     pool = several(policy, prompts, n, tokenizer, f"best of {n}", config)
-    proxy = reward([prompt for prompt in prompts for _ in range(n)], pool)
-    chosen, highest = choose(pool, torch.tensor(proxy), n)
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    chosen, highest = choose(pool, scores(reward, asked, pool, config.missing_end_score), n)
 
     count = min(config.kl_prompts, len(prompts))
     some = random.Random(config.seed).sample(range(len(prompts)), count)
     few = [prompts[i] for i in some]
     others = several(policy, few, config.kl_samples, tokenizer, "kl", config)
-    other_proxy = reward([prompt for prompt in few for _ in range(config.kl_samples)], others)
-    other_proxy = torch.tensor(other_proxy).view(len(some), -1)                     # (S, m)
+    asked = [prompt for prompt in few for _ in range(config.kl_samples)]
+    other_proxy = scores(reward, asked, others, config.missing_end_score)
+    other_proxy = other_proxy.view(len(some), -1)                                   # (S, m)
     # A response that was drawn twice is scored twice, to the last digit or not.
     below = (other_proxy < highest[some][:, None] - 1e-5).double().mean(-1)
     logprobs = sequence_logprobs(policy, few, [chosen[i] for i in some], tokenizer.pad)

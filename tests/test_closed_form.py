@@ -184,3 +184,10 @@ def test_best_of_n_kl_of_a_response_far_less_likely_than_the_others():
     """p = e⁻⁶⁰ vanishes beside F = 0.9 in float64; ((F + p)ⁿ − Fⁿ)/p → n·Fⁿ⁻¹."""
     measured = best_of_n.measured_best_of_n_kl(torch.tensor([-60.0]), torch.tensor([0.9]), 16)
     assert measured == pytest.approx(math.log(16) + 15 * math.log(0.9), abs=1e-6)
+
+
+def test_what_never_ends_is_not_chosen():
+    responses = [Response([1], "short", True), Response([1], "endless", False)]
+    scored = best_of_n.scores(lambda prompts, responses: [0.5, 9.0], [None, None], responses, -3.0)
+    assert scored.tolist() == [0.5, -3.0]
+    assert best_of_n.choose(responses, scored, 2)[0] == responses[:1]
