@@ -23,7 +23,9 @@ train "$OUT/rm" train_rm.py --preset tinytown --init "$OUT/sft" --data "$OUT/ran
 # 3  RLHF; beside it the same, longer, without KL penalty and pretraining mix: over-optimisation
 RL="--preset tinytown --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl"
 rlhf() { train "$OUT/ppo" train_ppo.py $RL --ptx_data "$OUT/data/base.txt"; }
-without() { train "$OUT/ppo_no_kl" train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 80; }
+without() {
+    train "$OUT/ppo_no_kl" train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 80 --max_kl 1000000
+}
 two_lanes rlhf without
 #    preferences without RL: three fifths of the rankings are enough for DPO
 head -n 3000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"
