@@ -554,8 +554,10 @@ def test_published_alpaca_pairs():
     rows = json.loads(path.read_text(encoding="utf-8"))
     found = read_rankings(path)
     assert [one.responses for one in found] == [[row["chosen"], row["rejected"]] for row in rows]
-    assert len(found) == 1100 and all(one.scores == [1.0, 0.0] and one.margin == 0.0
-                                      for one in found)
+    ties = [row["chosen"] == row["rejected"] for row in rows]
+    assert len(found) == 1100 and sum(ties) == 6
+    assert [one.scores for one in found] == [[0.0 if tie else 1.0, 0.0] for tie in ties]
+    assert all(one.margin == 0.0 for one in found)
     assert read_demonstrations(path) == read_demonstrations(SHARED / "instruction_data.json")
 
 
