@@ -36,7 +36,7 @@ from train_base import evaluate as pretraining_evaluate
 
 POLICIES = ("base", "sft", "ppo", "dpo", "ppo_no_mix", "ppo_no_kl")
 PROMPTED = {"base_prompted": "base", "large_prompted": "base_large"}     # asked in plain text
-STAGES = ("data", "base", "sft", "rank", "rm", "ppo", "ppo_no_mix", "ppo_no_kl", "dpo")
+STAGES = ("base", "sft", "rank", "rm", "ppo", "ppo_no_mix", "ppo_no_kl", "dpo")
 TEMPERATURES = (0.0, 0.5, 0.7, 1.0)
 GOOD = 0.9                         # gold from which an answer counts as the good one
 SHOTS = (0, 3)                     # answered examples before a prompt in plain text
@@ -146,6 +146,23 @@ def exact_match(model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
     return {kind: sum(part) / len(part) for kind, part in right.items()}
 
 
+def costs(model: GPT, sft: GPT, prompts: list[Prompt], own: list[Response],
+          windows: list[tuple[Tensor, Tensor]], tokenizer: Tokenizer) -> dict:
+    """What alignment may cost: KL from SFT by the model's own responses at T = 1, in nats; loss on
+    pretraining text; plain-text tasks."""
+    return {"kl": kl_from_samples(model, sft, prompts, own, tokenizer.pad),
+            "pretraining_loss": pretraining_evaluate(model, windows),
+            "plain_tasks": exact_match(model, tokenizer)}
+
+
+def declined(policy: Policy, harmful: list[Prompt], tokenizer: Tokenizer,
+             config: Config) -> dict[str, float]:
+    """Share of the harmful requests that are declined, greedily and at T = 1."""
+    answers = {t: policy.answer(harmful, t, tokenizer, "harmful", config) for t in (0.0, 1.0)}
+    return {format(t, "g"): (graded(harmful, some)["harmless"] > 0).double().mean().item()
+            for t, some in answers.items()}
+
+
 def over_optimisation(folder: Path, window: int = 5) -> list[dict[str, float]]:
     """KL, proxy and gold score along a PPO run, means over `window` rollouts; gold is computed
     here, afterwards."""
@@ -226,6 +243,16 @@ def figures(sitting: Sitting, name: str, prompts: list[Prompt]) -> dict:
                       if (other, temperature) in sitting.opponents}}
 
 
+def finals_of(folder: Path) -> dict[str, dict]:
+    """What each stage that is there wrote at its end; InputError without the reward model's."""
+    finals = {stage: json.loads(path.read_text()) for stage in STAGES
+              if (path := folder / stage / "final.json").exists()}
+    if "accuracy_clean" not in finals.get("rm", {}):
+        raise InputError(f"{folder}/rm/final.json: no accuracy_clean; train the reward model there "
+                         f"with --clean")
+    return finals
+
+
 def evaluate(config: Config) -> dict:
     """Measure everything and write report.json, report.md and the plots into the run's folder.
     Returns the report."""
@@ -237,11 +264,7 @@ def evaluate(config: Config) -> dict:
         if name not in models:
             raise InputError(f"{folder}/{name}: missing; the others are compared with it; train "
                              f"that stage first")
-    finals = {stage: json.loads(path.read_text()) for stage in STAGES
-              if (path := folder / stage / "final.json").exists()}
-    if "accuracy_clean" not in finals.get("rm", {}):
-        raise InputError(f"{folder}/rm/final.json: no accuracy_clean; train the reward model there "
-                         f"with --clean")
+    finals = finals_of(folder)
     sft, tokenizer = models["sft"], load_gpt(str(folder / "sft"))[1]
     reward, _ = load_reward(str(folder / "rm"), tokenizer, run)
     room = sft.config.block_size - config.max_new_tokens
@@ -265,31 +288,23 @@ def evaluate(config: Config) -> dict:
     found = {name: figures(sitting, name, prompts) for name in sitting.best}
     found[best_of] |= {"kl": best_of_kl, "kl_bound": best_of_n_kl(config.n)}
     for name, policy in sitting.policies.items():
-        declined = {}
-        for t in (0.0, 1.0):
-            parts = graded(harmful, policy.answer(harmful, t, tokenizer, "harmful", config))
-            declined[format(t, "g")] = (parts["harmless"] > 0).double().mean().item()
-        asked = f"{policy.form}, {policy.shots} examples" if policy.form else "chat"
-        found[name] |= {"declined": declined, "asked": asked,
-                        "parameters": sum(p.numel() for p in policy.model.parameters())}
-    for name in (name for name in names if name in models):
-        own = sitting.answers[name, 1.0].responses
-        found[name] |= {"kl": kl_from_samples(models[name], sft, prompts, own, tokenizer.pad),
-                        "pretraining_loss": pretraining_evaluate(models[name], windows),
-                        "plain_tasks": exact_match(models[name], tokenizer)}
+        found[name] |= {
+            "declined": declined(policy, harmful, tokenizer, config),
+            "asked": f"{policy.form}, {policy.shots} examples" if policy.form else "chat",
+            "parameters": sum(p.numel() for p in policy.model.parameters())}
+        if not policy.form:
+            own = sitting.answers[name, 1.0].responses
+            found[name] |= costs(policy.model, sft, prompts, own, windows, tokenizer)
     report = {
         "prompts": len(prompts), "n": config.n, "seed": config.seed, "policies": found,
         "rm_accuracy": finals["rm"]["accuracy_clean"],
         "rm_accuracy_noisy": finals["rm"]["accuracy"],
         "over_optimisation": {name: over_optimisation(folder / name) for name in CURVES
                               if name in models},
-        "seconds": {stage: final["seconds"] for stage, final in finals.items()}
-        | {"evaluate": round(time.time() - started, 1)},
-        "tokens_per_second": {stage: final["tokens_per_second"] for stage, final in finals.items()
-                              if "tokens_per_second" in final},
-        "memory_gib": {stage: final["memory_gib"] for stage, final in finals.items()
-                       if "memory_gib" in final},
+        **{key: {stage: final[key] for stage, final in finals.items() if key in final}
+           for key in ("seconds", "tokens_per_second", "memory_gib")},
     }
+    report["seconds"]["evaluate"] = round(time.time() - started, 1)
     write_report(folder, report, prompts, {name: sitting.answers[name, sitting.best[name]]
                                            for name in sitting.policies})
     return report

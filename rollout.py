@@ -90,6 +90,7 @@ def text_reward(function: Callable[[list[list[dict]], list[str]], list[float]],
     """A Python function of (conversations, response texts) as a reward. Its answers are checked:
     InputError by its name."""
     name = name or getattr(function, "__name__", "the reward function")
+    warned: list[str] = []             # a constant reward is said once
 
     def reward(prompts: list[Prompt], responses: list[Response]) -> list[float]:
         if not responses:
@@ -97,12 +98,11 @@ def text_reward(function: Callable[[list[list[dict]], list[str]], list[float]],
         conversations = [prompt.messages for prompt in prompts]
         answer = function(conversations, [response.text for response in responses])
         scores = checked_scores(name, answer, responses)
-        if len(scores) > 1 and len(set(scores)) == 1 and not said:
-            said.append(name)
+        if len(scores) > 1 and len(set(scores)) == 1 and not warned:
+            warned.append(name)
             print(f"warning: --reward {name}: {scores[0]:g} for each of {len(scores)} responses; "
                   f"from a reward that is always the same nothing can be learned", file=sys.stderr)
         return scores
-    said: list[str] = []             # the warning is said once
     return reward
 
 

@@ -73,6 +73,8 @@ ACCEPTED = {
                 "as dialogues"),
     "prompt": "prompt, instruction, messages, or a demonstration or ranking",
 }
+
+
 class Fields(dict):
     """A row that remembers which of its fields were read."""
 
@@ -206,17 +208,26 @@ def left_alone(row: Fields, item, kind: str, where: str) -> set[str]:
     """The fields that nothing has read; InputError for one that changes what the row means."""
     left = {key for key in row.keys() - row.read - NEUTRAL - OURS
             if row.get(key) not in ("", [], {}, "[]")}
-    if left & MEANING[kind]:
-        turns = item if isinstance(item, list) else item.messages
-        for key in sorted(left & MEANING[kind]):
-            # The same text once more, alone or inside a template, changes nothing.
-            if not (isinstance(row[key], str) and any(
-                    turn["content"] in row[key] or row[key].strip() in turn["content"]
-                    for turn in turns)):
-                raise wrong(where, key, "nothing, as this layout does not read it",
-                            describe(row[key]), "it would change what the row means: put it where "
-                            "it is read, or remove the field")
+    turns = item if isinstance(item, list) else item.messages
+    for key in sorted(left & MEANING[kind]):
+        if not is_repeated(key, row[key], turns):
+            raise wrong(where, key, "nothing, as this layout does not read it", describe(row[key]),
+                        "it would change what the row means: put it where it is read, or remove "
+                        "the field")
     return left - MEANING[kind] - REPLIES
+
+
+def is_repeated(key: str, value, turns: list[dict]) -> bool:
+    """Whether a field only says again what the turns say: a reply the same, a question the same, a
+    part of it, or it inside a template."""
+    if not isinstance(value, str):
+        return False
+    value, role = value.strip(), "assistant" if key in REPLIES else "user"
+    said = [turn["content"].strip() for turn in turns if turn["role"] == role]
+    if key in REPLIES:
+        return value in said
+    return any(value in content for content in said) or key in ("prompt", "instruction") and any(
+        content in value for content in said)
 
 
 def read_each(paths: tuple, convert) -> list:

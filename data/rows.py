@@ -97,16 +97,17 @@ def parquet_lines(path: str | Path, data: bytes) -> bytes:
     if importlib.util.find_spec("pyarrow") is None:
         raise InputError(f"{path}: a parquet file; pip install pyarrow reads it, or save it as "
                          f".jsonl")
-    whole = data[-4:] == b"PAR1"
-    if whole:
-        done = subprocess.run([sys.executable, "-c", PARQUET], input=data, capture_output=True)
-        if done.returncode == 0:
-            return done.stdout
-    if whole and b"UnicodeDecodeError" in done.stderr:
+    damaged = InputError(f"{path}: expected a whole parquet file, found one that is cut short or "
+                         f"damaged; download it again")
+    if data[-4:] != b"PAR1":                               # no process is needed to see that
+        raise damaged
+    done = subprocess.run([sys.executable, "-c", PARQUET], input=data, capture_output=True)
+    if done.returncode == 0:
+        return done.stdout
+    if b"UnicodeDecodeError" in done.stderr:
         raise InputError(f"{path}: expected columns of text, found one of bytes that are no text; "
                          f"leave it out")
-    raise InputError(f"{path}: expected a whole parquet file, found one that is cut short or "
-                     "damaged; download it again")
+    raise damaged
 
 
 # ----------------------------------------------------------------------------- text to rows
@@ -176,12 +177,12 @@ def flatten(row, where: str) -> list[dict]:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object, found {describe(row)}; "
                          f"write fields in {{}}")
-    row = {key: value for key, value in row.items() if value is not None}
-    instances = row.pop("instances", [{}])
+    instances = [{}] if row.get("instances") is None else row["instances"]
     if not instances or not is_objects(instances):
         raise wrong(where, "instances", "a list of objects", describe(instances),
                     "write an object for each")
-    return [row | instance for instance in instances]
+    return [{key: value for key, value in (row | instance).items() if value is not None}
+            for instance in instances]
 
 
 def is_objects(value) -> bool:

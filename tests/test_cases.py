@@ -22,16 +22,9 @@ from data.batches import ranking_rows, read_untied
 from data.readers import read_demonstrations, read_prompts, read_rankings, read_text
 from data.tokenizer import get_tokenizer
 from rollout import Response, find_function, load_reward, text_reward
+from test_readers import assistant, user
 
 ROOT = Path(__file__).parent.parent
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def system(content):
@@ -108,7 +101,10 @@ def test_system_beside_pairs_messages_and_sharegpt(tmp_path):
     ({"messages": HUE, "input": "Of the sky."}, "input"),
     ({"instruction": "A hue?", "output": "Red.", "response": "Blue."}, "response"),
     ({"prompt": "A hue?", "completion": "Red.", "answer": "Blue."}, "answer"),
-    ({"problem": "1 + 1?", "solution": "It is 2.", "answer": "2!"}, "answer"),
+    ({"problem": "1 + 1?", "solution": "It is 2.", "answer": "2"}, "answer"),
+    ({"problem": "1 + 1?", "answer": "2", "solution": "It is 2."}, "solution"),
+    ({"instruction": "A hue?", "output": "Yes", "response": "Yes, but never."}, "response"),
+    ({"instruction": "A hue?", "output": "Now go.", "response": "No"}, "response"),
     ({"instruction": "Answer.", "prompt": "A hue?", "output": "Red."}, "prompt"),
     ({"messages": [user("A hue?"), assistant("Red.") | {"weight": 0}]}, "messages[1].weight"),
     ({"messages": [user("A hue?"), assistant("Red.") | {"train": False}]}, "messages[1].train"),
@@ -371,6 +367,12 @@ def test_show_reads_as_the_script_will(tmp_path, capsys):
     nan = json.dumps(scores[:2] + [scores[2] | {"scores": [1, float("nan")]}])
     out = shown(capsys, write(tmp_path, nan))
     assert "read as rankings" in out and "1 broken" in out and "row 3" in out
+
+
+def test_show_knows_self_instruct(tmp_path, capsys):
+    row = {"instruction": "A hue?", "instances": [{"input": None, "output": "Red."}] * 2}
+    out = shown(capsys, lines(tmp_path, row))
+    assert "2 rows, read as demonstrations (Self-Instruct: 2)" in out
 
 
 def test_show_counts_and_names_what_is_left(tmp_path, capsys):

@@ -26,6 +26,7 @@ from common.errors import InputError
 from common.optimizer import learning_rate
 from data import batches
 from data.readers import read_demonstrations
+from data.tinytown import doses
 from data.tinytown.town import NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,18 @@ def test_evaluate_writes_report_and_page(town, tmp_path):
     assert set(policies["ppo"]["declined"]) == {"0", "1"}
     assert policies["sft"]["kl"] == 0 and len(report["over_optimisation"]["ppo"]) == 2
     assert "| ppo |" in (tmp_path / "report.md").read_text()
+    with pytest.raises(InputError, match="runs/lectures.sh trains it"):
+        doses.measure(doses.Config(run=str(tmp_path), max_new_tokens=12))
+    for place in {*doses.BETAS.values(), *doses.GAMMAS.values()} - {"ppo"}:
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).symlink_to(tmp_path / ("sft" if place == "doses/beta_1.35" else "ppo"))
+    table = doses.measure(doses.Config(run=str(tmp_path), max_new_tokens=12))
+    assert table["β"]["0.15"] == table["γ_ptx"]["1"] and set(table["γ_ptx"]) == set(doses.GAMMAS)
+    assert table["β"]["1.35"]["KL, nats"] == 0 != table["β"]["0.15"]["KL, nats"]
+    ppo, greedy = policies["ppo"], table["β"]["0.15"]["gold, T = 0"]
+    assert greedy == pytest.approx(ppo["at"]["0"]["gold"], abs=1e-4)
+    loss = table["β"]["0.15"]["pretraining loss"]
+    assert loss == pytest.approx(ppo["pretraining_loss"], abs=1e-4)
     with pytest.raises(InputError, match="nothing_here"):
         evaluate.evaluate(evaluate.Config(run=str(tmp_path), also=("nothing_here",)))
 

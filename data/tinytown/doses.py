@@ -6,6 +6,7 @@ Prints a table and draws doses.png: gold at T = 0 and 1, KL, pretraining loss an
 of each policy.
 """
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,7 @@ from common.run import DeviceFlags, InputError, load_gpt, main, start
 from data.batches import read_prompt_rows
 from data.text import text_stream
 from data.tinytown.report import load_pyplot, markdown, rounded, save_plot
-from evaluate import Policy, exact_match, graded
-from rollout import kl_from_samples
-from train_base import evaluate as pretraining_loss
+from evaluate import Policy, costs, graded
 
 BETAS = {"0.05": "doses/beta_0.05", "0.15": "ppo", "0.45": "doses/beta_0.45",
          "1.35": "doses/beta_1.35"}
@@ -45,13 +44,12 @@ def measure(config: Config) -> dict:
         model = run.freeze(load_gpt(str(folder / place))[0])
         answers = {t: Policy(model).answer(prompts, t, tokenizer, place, config)
                    for t in (0.0, 1.0)}
-        tasks = exact_match(model, tokenizer)
+        cost = costs(model, sft, prompts, answers[1.0], windows, tokenizer)
         measured[place] = {
             "gold, T = 0": graded(prompts, answers[0.0])["gold"].mean().item(),
             "gold, T = 1": graded(prompts, answers[1.0])["gold"].mean().item(),
-            "KL, nats": kl_from_samples(model, sft, prompts, answers[1.0], tokenizer.pad),
-            "pretraining loss": pretraining_loss(model, windows),
-            "plain-text tasks": sum(tasks.values()) / len(tasks)}
+            "KL, nats": cost["kl"], "pretraining loss": cost["pretraining_loss"],
+            "plain-text tasks": statistics.mean(cost["plain_tasks"].values())}
         print(place, json.dumps(rounded(measured[place])), flush=True)
     doses = {dose: {value: measured[place] for value, place in places.items()}
              for dose, places in (("β", BETAS), ("γ_ptx", GAMMAS))}

@@ -9,19 +9,18 @@ from collections.abc import Callable
 
 from data.batches import Prompt
 from data.tinytown.prose import titled_story
-from data.tinytown.talk import heard, split_given, without_prefix
+from data.tinytown.talk import heard, in_talk, on_card, split_given, without_prefix
 from data.tinytown.town import FACTS, QUESTIONS, STATEMENTS, understand
 from data.tokenizer import Tokenizer
 
 
 def as_talk(messages: list[dict]) -> str:
-    return f"Ada met Ben. Ada said: {in_one_line(messages)}\nBen said:"
+    return in_talk(in_one_line(messages))
 
 
 def as_task(messages: list[dict]) -> str:
     """As on a task card; a choice is answered before its text, and then the text stands above."""
-    stem, given = split_given(without_prefix(in_one_line(messages)), understand(messages)[1])
-    return f"A task. {stem}\n" + f"Text: {given}\n" * bool(given) + "Answer:"
+    return on_card(*split_given(without_prefix(in_one_line(messages)), understand(messages)[1]))
 
 
 FORMS: dict[str, Callable[[list[dict]], str]] = {"talk": as_talk, "task": as_task}

@@ -1,5 +1,6 @@
 """The report of a Tinytown run: tables, claims, examples and plots. `evaluate.py` measures."""
 import math
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -73,7 +74,8 @@ def claims(report: dict) -> list[Claim]:
                       Claim(f"PPO without the KL penalty: gold below SFT's at T = {t}",
                             at["sft", t]["gold"] - at["ppo_no_kl", t]["gold"], 0.0)]
     if "ppo" in policies:
-        tasks = {name: sum(policies[name]["plain_tasks"].values()) / 3 for name in ("sft", "ppo")}
+        tasks = {name: statistics.mean(policies[name]["plain_tasks"].values())
+                 for name in ("sft", "ppo")}
         found.append(Claim("plain-text tasks, exact match: PPO-ptx less SFT",
                            tasks["ppo"] - tasks["sft"], -0.02))
         for case in ("rewrite", "classification"):

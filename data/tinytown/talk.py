@@ -94,11 +94,20 @@ def answered(draw: random.Random, question: Heard) -> str:
 
 # ----------------------------------------------------------------------------- kinds of documents
 
+def in_talk(text: str, one: str = "Ada", other: str = "Ben") -> str:
+    """A question as people ask it, up to where the answer begins."""
+    return f"{one} met {other}. {one} said: {text}\n{other} said:"
+
+
+def on_card(stem: str, given: str) -> str:
+    """A question as it stands on a task card, up to where the answer begins."""
+    return f"A task. {stem}\n" + f"Text: {given}\n" * bool(given) + "Answer:"
+
+
 def talk(draw: random.Random) -> str:
     """A question and its answer."""
     question, (one, other) = heard(draw), draw.sample(NAMES, 2)
-    return (f"{one} met {other}. {one} said: {question.text}\n"
-            f"{other} said: {answered(draw, question)}")
+    return f"{in_talk(question.text, one, other)} {answered(draw, question)}"
 
 
 def asked(draw: random.Random) -> str:
@@ -111,11 +120,10 @@ def asked(draw: random.Random) -> str:
 def task(draw: random.Random) -> str:
     """An instruction, the text that goes with it, and an answer; a choice is answered first."""
     question = heard(draw, single=True)
-    given, answer = f"Text: {question.given}", f"Answer: {answered(draw, question)}"
-    parts = [given, answer] if question.given else [answer]
-    if question.family.use_case == "classification":
-        parts.reverse()
-    return "\n".join([f"A task. {question.stem}", *parts])
+    answer = answered(draw, question)
+    if question.family.use_case == "classification" and question.given:
+        return f"{on_card(question.stem, '')} {answer}\nText: {question.given}"
+    return f"{on_card(question.stem, question.given)} {answer}"
 
 
 def choice(draw: random.Random) -> str:
