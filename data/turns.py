@@ -75,6 +75,7 @@ def joined(content, field: str, where: str):
 
 
 def no_tools(where: str, field: str) -> InputError:
+    """The error for a tool call or a tool's result."""
     return wrong(where, field, "a turn of text", "a tool call or its result",
                  "leave such rows out: tool turns are not read")
 

@@ -15,6 +15,7 @@ from data.tokenizer import Tokenizer
 
 
 def as_talk(messages: list[dict]) -> str:
+    """As people ask each other."""
     return in_talk(in_one_line(messages))
 
 
@@ -27,6 +28,7 @@ FORMS: dict[str, Callable[[list[dict]], str]] = {"talk": as_talk, "task": as_tas
 
 
 def in_one_line(messages: list[dict]) -> str:
+    """Turn after turn, as plain text has them."""
     return " ".join(message["content"] for message in messages)
 
 

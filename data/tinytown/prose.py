@@ -35,6 +35,7 @@ def titled_story(draw: random.Random) -> str:
 
 
 def titled_letter(draw: random.Random) -> str:
+    """A letter under a line that says from whom, to whom and about what."""
     name, other = draw.sample(NAMES, 2)
     thing = draw.choice(THINGS)
     return (f"A letter from {name} to {other} about a {thing}.\n"
@@ -42,16 +43,19 @@ def titled_letter(draw: random.Random) -> str:
 
 
 def titled_sign(draw: random.Random) -> str:
+    """A sign under a line that says what for."""
     food, place = draw.choice(VALUES["food"]), draw.choice(VALUES["home"])
     return f"A sign with {food} for the {place}.\n{sign(draw, place, food)}"
 
 
 def titled_rhyme(draw: random.Random) -> str:
+    """A rhyme under its subject."""
     animal = draw.choice(VALUES["animal"])
     return f"A rhyme about a {animal}.\n{rhyme(draw, animal)}"
 
 
 def titled_list(draw: random.Random) -> str:
+    """A numbered list under its topic and length."""
     topic = draw.choice(["gifts", "dishes", "animals", "colours"])
     n = draw.choice(list(NUMBERS))
     return f"A list of {n} {topic}.\n{ideas(draw, n, topic=topic)}"

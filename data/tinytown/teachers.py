@@ -115,25 +115,30 @@ def add_aside(draw: random.Random, text: str) -> str:
 
 
 def bad_repeat(draw, text, family) -> str:
+    """A sentence said again, once or twice."""
     part = draw.choice(sentences(text))
     return " ".join([text] + [part] * draw.randint(1, 2))
 
 
 def bad_topic(draw, text, family) -> str:
+    """An answer to something else."""
     elsewhere = draw.choice(FAMILIES)
     return elsewhere.good(draw, **fill(draw, elsewhere)[1])
 
 
 def bad_lazy(draw, text, family) -> str:
+    """No answer."""
     return draw.choice(LAZY)
 
 
 def bad_ramble(draw, text, family) -> str:
+    """Two or three facts that nobody asked for."""
     return " ".join([text] + [state(draw, draw.choice(NAMES), draw.choice(list(VALUES)))
                               for _ in range(draw.randint(2, 3))])
 
 
 def bad_cut(draw, text, family) -> str:
+    """The first half of the words."""
     words = text.split(" ")
     return " ".join(words[:max(1, len(words) // 2)])
 
