@@ -68,6 +68,14 @@ class Policy(NamedTuple):
     model: GPT
     form: str = ""           # of plain text, one of FORMS; empty: the chat form
     shots: int = 0           # answered examples before each prompt, in plain text
+    system: str = ""         # what the system's turn says, in chat form: a control token
+
+    def asked(self, prompts: list[Prompt], tokenizer: Tokenizer) -> list[Prompt]:
+        """The prompts as this policy reads them in chat form; they are graded without its system's
+        turn."""
+        turn = [{"role": "system", "content": self.system}] * bool(self.system)
+        return [prompt._replace(ids=tokenizer.render_prompt(turn + prompt.messages)) if turn
+                else prompt for prompt in prompts]
 
     def answer(self, prompts: list[Prompt], temperature: float, tokenizer: Tokenizer, title: str,
                config: Config) -> list[Response]:
@@ -76,7 +84,7 @@ class Policy(NamedTuple):
                         temperature=temperature)
         most = config.max_new_tokens
         if not self.form:
-            return respond(self.model, prompts, tokenizer, most, **sampling)
+            return respond(self.model, self.asked(prompts, tokenizer), tokenizer, most, **sampling)
         room = self.model.config.block_size - most
         asked = plain_prompts(prompts, self.form, self.shots, tokenizer, room, config.seed)
         plain = respond(self.model, asked, tokenizer, most, stop=tokenizer.endoftext, **sampling)

@@ -2,6 +2,7 @@
 
     h = [log π_θ(y_w|x) − log π_ref(y_w|x)] − [log π_θ(y_l|x) − log π_ref(y_l|x)]
     L(θ) = −E log σ(β h)                                                   → dpo_loss
+    L(θ) = E (h − 1/(2β))², IPO: train(config, ipo_loss)                   → ipo_loss
     implicit reward  r̂(x, y) = β [log π_θ(y|x) − log π_ref(y|x)]
 
 The best policy under a reward and a KL penalty is π*(y|x) ∝ π_ref(y|x) exp(r(x,y)/β). Solved for r
@@ -16,8 +17,7 @@ of RMSprop, and batches that are the same in every epoch, in another order.
                         --data out/tinytown/rank/rankings.jsonl --out out/tinytown/dpo
     python train_dpo.py --init out/mine/sft --data FILE.json --out out/mine/dpo   # pairs
 """
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +84,29 @@ def dpo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor,
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+def ipo_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor,
+             ref_chosen_logprobs: Tensor, ref_rejected_logprobs: Tensor, beta: float,
+             label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """IPO (Azar et al., eq. 17): L = (1 − ε)(h − 1/(2β))² + ε(h + 1/(2β))².
+
+    Arguments and results as `dpo_loss`, h from sums over tokens too; β is the paper's τ. DPO drives
+    h to infinity where one response always wins, whatever β; this pulls it to 1/(2β), and where a
+    share q of the labels is flipped to (1 − 2q)/(2β).
+    """
+    chosen_logratios = policy_chosen_logprobs - ref_chosen_logprobs         # (B,)
+    rejected_logratios = policy_rejected_logprobs - ref_rejected_logprobs   # (B,)
+    logits_diff = chosen_logratios - rejected_logratios                     # (B,)  h
+    target = 1 / (2 * beta)
+    losses = ((1 - label_smoothing) * (logits_diff - target).square()
+              + label_smoothing * (logits_diff + target).square())          # (B,)
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+
+
 def ranking_dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor,
-                     beta: float, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+                     beta: float, label_smoothing: float = 0.0,
+                     pair_loss: Callable = dpo_loss) -> tuple[Tensor, Tensor]:
     """DPO on all pairs of a ranking: mean of `dpo_loss` over a prompt's pairs, then over prompts.
-    Scalar, nats.
+    Scalar, nats. pair_loss: another function with the arguments and results of `dpo_loss`.
 
     logprobs, ref_logprobs (B, K): of whole responses. scores (B, K): of the labeler, higher =
     better; ties count for no pair. mask (B, K): 1 = a response. Without smoothing it is the reward
@@ -96,7 +115,7 @@ def ranking_dpo_loss(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mas
     reward of chosen and rejected.
     """
     prompt, chosen, rejected = better_pairs(scores, mask).nonzero(as_tuple=True)   # (P,)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
+    losses, chosen_rewards, rejected_rewards = pair_loss(
         logprobs[prompt, chosen], logprobs[prompt, rejected],
         ref_logprobs[prompt, chosen], ref_logprobs[prompt, rejected], beta, label_smoothing)
     weight = 1 / prompt.bincount()[prompt].to(losses.dtype)     # (P,) sums to 1 a prompt
@@ -135,12 +154,14 @@ def set_reference(model: GPT, rows: list[RankingRow], pad: int, device) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[RankingBatch], beta: float) -> dict[str, float]:
+def evaluate(model: GPT, batches: Iterable[RankingBatch], beta: float,
+             pair_loss: Callable = dpo_loss) -> dict[str, float]:
     """Loss and the means of `pair_sums` over held-out rankings."""
     total, prompts, found = 0.0, 0, []
     for x in batches:
         logprobs = response_logprobs(model, x)                              # (B, K)
-        loss, pairs = ranking_dpo_loss(logprobs, x.ref_logprobs, x.scores, x.mask, beta)
+        loss, pairs = ranking_dpo_loss(logprobs, x.ref_logprobs, x.scores, x.mask, beta,
+                                       pair_loss=pair_loss)
         total, prompts = total + loss.item() * x.untied, prompts + x.untied
         found.append(pair_sums(pairs))
     sums = {name: [sum(column) for column in zip(*(part[name] for part in found))]
@@ -149,14 +170,15 @@ def evaluate(model: GPT, batches: Iterable[RankingBatch], beta: float) -> dict[s
     return {"loss": total / prompts} | means
 
 
-def check_start(loss: Tensor) -> None:
-    """RuntimeError if the first loss is not log 2: policy and reference differ."""
-    if not abs(loss.item() - math.log(2)) <= 1e-3:
-        raise RuntimeError(f"first DPO loss is {loss.item():.4f}, not log 2: policy and "
+def check_start(logprobs: Tensor, ref_logprobs: Tensor) -> None:
+    """RuntimeError if policy and reference differ before the first step: h would not start at 0."""
+    error = (logprobs.detach() - ref_logprobs).abs().max()
+    if not error <= 1e-2:
+        raise RuntimeError(f"at the first step log π is off log π_ref by {error:.2g}: policy and "
                            f"reference differ")
 
 
-def train(config: Config) -> dict:
+def train(config: Config, pair_loss: Callable = dpo_loss) -> dict:
     """Train on pairs or rankings and save the policy. Returns the held-out metrics."""
     run = start(config, LIMITS, NEEDED)
     policy, tokenizer = load_gpt(config.init)   # no dropout: log-ratios would be noisy
@@ -167,7 +189,7 @@ def train(config: Config) -> dict:
     batches = buckets(rows, config.batch_size, 1, run.draw, run.dealt)
     plan = [batch for _ in range(config.epochs)
             for batch in run.draw.sample(batches, len(batches))]
-    # π_ref, once and up front. The first step's passes repeat these, so its loss is log 2.
+    # π_ref, once and up front. The first step's passes repeat these, so that h starts at 0.
     parts = [part for batch in batches for part in run.passes(batch)]
     for part in parts + [held_out[i:i + 32] for i in range(0, len(held_out), 32)]:
         set_reference(policy, part, pad, run.device)
@@ -180,19 +202,19 @@ def train(config: Config) -> dict:
             x = ranking_batch(part, pad, run.device)
             logprobs = response_logprobs(policy, x)                         # (B, K)
             loss, pairs = ranking_dpo_loss(logprobs, x.ref_logprobs, x.scores, x.mask,
-                                           config.beta, config.label_smoothing)
+                                           config.beta, config.label_smoothing, pair_loss)
             if step == 0:
-                check_start(loss)
+                check_start(logprobs, x.ref_logprobs)
             run.backward(loss, weight=x.untied / prompts, loss=loss, **pair_sums(pairs))
         lr = learning_rate(step, len(plan), config.lr, config.warmup)
         run.update({optimizer: lr}, batch)
         if run.due(config.eval_every):
             batches = ranking_batches(held_out, pad, run.device)
-            found = evaluate(policy, batches, config.beta)
+            found = evaluate(policy, batches, config.beta, pair_loss)
             run.best(policy, found["loss"], **found)
 
     batches = ranking_batches(held_out, pad, run.device)
-    return run.finish(policy, **evaluate(policy, batches, config.beta))
+    return run.finish(policy, **evaluate(policy, batches, config.beta, pair_loss))
 
 
 if __name__ == "__main__":

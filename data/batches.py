@@ -40,9 +40,10 @@ class Prompt(NamedTuple):
 
 @dataclass(slots=True)
 class RankingRow:
-    """A ranking in token ids: one prompt, K responses (end token included), K scores."""
+    """A ranking in token ids: one prompt, K responses (end token included, if they ended), K
+    scores."""
     prompt: list[int]
-    responses: list[list[int]]
+    responses: list[list[int]]     # at least a token each
     scores: list[float]            # higher = better, ties allowed
     margin: float = 0.0
     ref_logprobs: list[float] | None = None    # K, log π_ref(y|x), where an objective needs them
@@ -115,7 +116,8 @@ def ranking_rows(rankings: list[Ranking], tokenizer: Tokenizer, block_size: int,
     kept = []
     for ranking in rankings:
         prompt = tokenizer.render_prompt(ranking.messages)
-        responses = [[*tokenizer.encode(text), tokenizer.end] for text in ranking.responses]
+        responses = [[*tokenizer.encode(text), *[tokenizer.end] * (i not in ranking.cut)]
+                     for i, text in enumerate(ranking.responses)]
         if len(prompt) + max(map(len, responses)) <= block_size:
             kept.append(RankingRow(prompt, responses, tied(responses, ranking.scores),
                                    ranking.margin))
@@ -308,6 +310,11 @@ class RankingBatch:
         values = torch.where(self.response_mask, values, 0.0).flatten()
         sums = values.new_zeros(self.mask.numel()).index_add(0, self.cell.flatten(), values)
         return sums.view(self.mask.shape)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response, its end token included, (B, K); 0 where there is none."""
+        return self.sums(torch.ones_like(self.tokens, dtype=torch.float32))
 
 
 def ranking_batch(rows: list[RankingRow], pad: int, device="cpu") -> RankingBatch:

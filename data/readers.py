@@ -25,6 +25,8 @@ ties or without. It is written in one of two ways, the second with "ranks" or "s
     {"prompt": "A hue?", "responses": [{"text": "Red.", "score": 0.9}, {"text": "No.", "score": 0}]}
     {"prompt": "A hue?", "responses": ["Red.", "Blue.", "No."], "ranks": [1, 1, 3]}
 
+A response with "ended": false was cut off where its model was stopped: it gets no end token.
+
 Pairs and rankings serve as demonstrations too: the chosen or best response answers the prompt.
 `system` and `history` ([[question, answer], …]) beside any of these become turns before it.
 
@@ -98,6 +100,7 @@ class Ranking:
     responses: list[str]     # K of them
     scores: list[float]      # K, higher = better, ties allowed
     margin: float = 0.0      # Llama 2's m(r), in units of reward; 0 where the row gives none
+    cut: tuple[int, ...] = ()    # which responses never ended: their model was stopped
 
     @property
     def untied(self) -> bool:
@@ -332,13 +335,15 @@ def preferred(row: dict, where: str) -> Fields:
 # ----------------------------------------------------------------------------- one row, by its keys
 
 def demonstration(row: Fields, where: str) -> list[dict]:
-    """The conversation that a row demonstrates. Unusable: labelled false (KTO), or HH-RLHF that
-    ends without a reply."""
+    """The conversation that a row demonstrates. Unusable: labelled false (KTO), HH-RLHF that ends
+    without a reply, a ranking whose best response was cut off."""
     if isinstance(dict.get(row, "label"), bool) and not row["label"]:
         raise Unusable("labelled false")
     if "responses" in row:
         ranked = ranked_responses(row, where)
         best = ranked.scores.index(max(ranked.scores))
+        if best in ranked.cut:
+            raise Unusable("the best response never ended")
         return ranked.messages + [{"role": "assistant", "content": ranked.responses[best]}]
     for question, answer in (("instruction", "output"), ("prompt", "completion"),
                              ("prompt", "response"), ("instruction", "response"),
@@ -496,14 +501,20 @@ def ranked_responses(row: Fields, where: str) -> Ranking:
     else:
         entries = [response if isinstance(response, dict) else {} for response in responses]
         key = "rank" if any("rank" in one and "score" not in one for one in entries) else "score"
-    texts, values = [], []
+    texts, values, cut = [], [], []
     for i, entry in enumerate(entries):
         texts.append(text(entry.get("text"),
                           f"responses[{i}]" if beside else f"responses[{i}].text", where))
         values.append(number(entry.get(key),
                              f"{key}[{i}]" if beside else f"responses[{i}].{key}", where))
+        ended = entry.get("ended")
+        if ended not in (None, True, False):
+            raise wrong(where, f"responses[{i}].ended", "true or false", describe(ended),
+                        "correct it or remove the field")
+        cut += [i] * (ended is False)
     scores = [-value for value in values] if key.startswith("rank") else values
-    return Ranking(messages, texts, scores, number(row.get("margin", 0.0), "margin", where))
+    return Ranking(messages, texts, scores, number(row.get("margin", 0.0), "margin", where),
+                   tuple(cut))
 
 
 def unrecognised(row: dict, where: str, kind: str) -> InputError:

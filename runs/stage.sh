@@ -25,7 +25,8 @@ train_large() {
 # two_lanes FIRST SECOND: two functions side by side on half of the cores each, as models so small
 # leave a second core half idle; the second one's progress is in $OUT/side.log
 two_lanes() {
-    export OMP_NUM_THREADS=$(( ($(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
+    local threads=${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN)}
+    export OMP_NUM_THREADS=$(( (threads + 1) / 2 ))
     set -m   # makes the second lane a process group, so that Ctrl-C or a fault here ends all of it
     "$2" 2> "$OUT/side.log" &
     local side=$!
@@ -34,5 +35,5 @@ two_lanes() {
     "$1"
     wait $side || { tail -n 5 "$OUT/side.log" >&2; exit 1; }
     trap - EXIT
-    unset OMP_NUM_THREADS
+    export OMP_NUM_THREADS=$threads
 }

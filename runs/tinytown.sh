@@ -22,15 +22,17 @@ train "$OUT/rm" train_rm.py --preset tinytown --init "$OUT/sft" --data "$OUT/ran
     --demonstrations "$OUT/data/sft_val.jsonl"
 # 3  RLHF; beside it the same, longer, without KL penalty and pretraining mix: over-optimisation
 RL="--preset tinytown --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl"
-rlhf() { train "$OUT/ppo" train_ppo.py $RL --ptx_data "$OUT/data/base.txt"; }
-without() {
+aligned() {
+    train "$OUT/ppo" train_ppo.py $RL --ptx_data "$OUT/data/base.txt"
+    # preferences without RL: three fifths of the rankings are enough for DPO
+    head -n 3000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"
+    train "$OUT/dpo" train_dpo.py --preset tinytown --init "$OUT/sft" \
+        --data "$OUT/rank/some.jsonl" --val "$OUT/rank_val/rankings.jsonl"
+}
+unrestrained() {
     train "$OUT/ppo_no_kl" train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 80 --max_kl 1000000
 }
-two_lanes rlhf without
-#    preferences without RL: three fifths of the rankings are enough for DPO
-head -n 3000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"
-train "$OUT/dpo" train_dpo.py --preset tinytown --init "$OUT/sft" --data "$OUT/rank/some.jsonl" \
-    --val "$OUT/rank_val/rankings.jsonl"
+two_lanes aligned unrestrained
 # 4  what the data is like, and what each step bought; LARGE=1: beside a larger base, ten minutes
 $PYTHON -m data.tinytown.specification --run "$OUT" --seed "$SEED"
 if [ -n "${LARGE:-}" ]; then train_large; fi

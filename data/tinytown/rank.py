@@ -1,11 +1,12 @@
-"""Collect rankings: K responses of a model to each prompt, ranked by Tinytown's annotators.
+"""Collect rankings: K responses to each prompt, ranked by Tinytown's annotators.
 
     python -m data.tinytown.rank --init out/tinytown/sft --data out/tinytown/data/rank.jsonl \\
                                  --out out/tinytown/rank
 
-InstructGPT's labelers ranked K = 4 to 9 responses at once. With `--clean true` the same responses
-are also written in their true order, for held-out prompts: a measure of what the reward model
-learned behind the noise.
+InstructGPT's labelers ranked K = 4 to 9 responses at once, sampled from a model. With `--given
+true` the responses that the data holds are ranked anew, with `--reward FOLDER` a reward model
+ranks. With `--clean true` the same responses are also written in their true order: for held-out
+prompts a measure of what was learned behind the noise; for others what training is like without it.
 """
 import json
 import time
@@ -14,63 +15,103 @@ from pathlib import Path
 
 from common.files import write_json, write_text
 from common.run import DeviceFlags, load_gpt, main, start
-from data.batches import read_prompt_rows
+from data.batches import Prompt, prompt_rows, read_prompt_rows
+from data.readers import read_rankings
 from data.tinytown.annotators import rank_responses
 from data.tinytown.gold import gold_score
-from rollout import respond
+from data.tokenizer import Tokenizer
+from rollout import Response, load_reward, respond
 
 
 @dataclass(slots=True)
 class Config(DeviceFlags):
-    data: tuple = ()               # prompts
-    init: str = ""                 # the model that answers them
+    data: tuple = ()               # prompts; with --given rankings
+    init: str = ""                 # the model that answers them, or whose tokens they are read in
     out: str = "out/rank"          # folder for rankings.jsonl
-    clean: bool = False            # also write clean.jsonl, in the true order, never for training
+    given: bool = False            # rank the responses of data, not new ones
+    reward: str = ""               # folder of a reward model that ranks; empty: annotators do
+    clean: bool = False            # also write clean.jsonl, in the true order
     least: int = 4                 # smallest K (InstructGPT: 4)
     most: int = 9                  # largest K (InstructGPT: 9)
     flip: float = 0.25             # share of pairs flipped beyond annotators' taste (AlpacaFarm)
+    temperature: float = 1.0
     max_new_tokens: int = 48
 
 
+LIMITS = dict(least=(2, 100), most=(2, 100), flip=(0, 0.5), temperature=(0.01, 10))
 NEEDED = dict(data="name one or more files of prompts",
               init="name the folder of the checkpoint that answers them")
 
-
-def ranking_line(messages: list[dict], texts: list[str], scores: list[float]) -> str:
-    """One ranking in the project's layout, see `readers.py`."""
-    responses = [{"text": text, "score": round(score, 4)} for text, score in zip(texts, scores)]
-    return json.dumps({"messages": messages, "responses": responses}) + "\n"
+# A prompt and the K responses to it.
+Answered = tuple[Prompt, list[Response]]
 
 
-def collect(config: Config) -> dict:
-    """Sample, rank and write. Returns counts of rankings, responses and pairs."""
-    limits = dict(least=(2, 100), most=(config.least, 100), flip=(0, 0.5))
-    run, started = start(config, limits, NEEDED), time.time()
-    model, tokenizer = load_gpt(config.init)
-    model = run.freeze(model)
+def sampled(config: Config, run, model, tokenizer: Tokenizer) -> list[Answered]:
+    """K new responses of the model to each prompt, K at random from least to most."""
     room = model.config.block_size - config.max_new_tokens
     prompts = read_prompt_rows(config.data, tokenizer, room)
     sizes = [run.draw.randint(config.least, config.most) for _ in prompts]
     asked = [prompt for prompt, k in zip(prompts, sizes) for _ in range(k)]
-    responses = respond(model, asked, tokenizer, config.max_new_tokens,
-                        title="sample K responses", seed=config.seed)
-    following = iter(responses)
+    following = iter(respond(run.freeze(model), asked, tokenizer, config.max_new_tokens,
+                             title="sample K responses", seed=config.seed,
+                             temperature=config.temperature))
+    # Text of nothing but spaces stands in no file of rankings.
+    return [(prompt, [answer if answer.text.strip() else answer._replace(text=".")
+                      for answer in (next(following) for _ in range(k))])
+            for prompt, k in zip(prompts, sizes)]
+
+
+def given(config: Config, tokenizer: Tokenizer, context: int) -> list[Answered]:
+    """The responses that the rankings of data hold."""
+    rankings = read_rankings(*config.data)
+    found = []
+    for ranking in rankings:
+        [prompt] = prompt_rows([ranking.messages], tokenizer, context)
+        ended = [i not in ranking.cut for i in range(len(ranking.responses))]
+        found.append((prompt, [
+            Response(tokenizer.encode(text) + [tokenizer.end] * whole, text, whole)
+            for text, whole in zip(ranking.responses, ended)]))
+    return found
+
+
+def ranking_line(messages: list[dict], responses: list[Response], scores: list[float]) -> str:
+    """One ranking in the project's layout, see `readers.py`."""
+    rows = [{"text": response.text, "score": round(score, 4), "ended": response.ended}
+            for response, score in zip(responses, scores)]
+    return json.dumps({"messages": messages, "responses": rows}) + "\n"
+
+
+def collect(config: Config) -> dict:
+    """Sample, rank and write. Returns counts of rankings, responses and pairs."""
+    run, started = start(config, LIMITS | dict(most=(config.least, 100)), NEEDED), time.time()
+    model, tokenizer = load_gpt(config.init)
+    if config.given:
+        answered = given(config, tokenizer, model.config.block_size)
+    else:
+        answered = sampled(config, run, model, tokenizer)
+    asked = [prompt for prompt, responses in answered for _ in responses]
+    everything = [response for _, responses in answered for response in responses]
+    if config.reward:
+        reward, _ = load_reward(config.reward, tokenizer, run)
+        scores = iter(reward(asked, everything))
     noisy, clean, pairs = [], [], 0
-    for (messages, _), k in zip(prompts, sizes):
-        answers = [next(following) for _ in range(k)]
-        texts = [answer.text if answer.text.strip() else "." for answer in answers]
-        ended = [answer.ended for answer in answers]
-        scores = rank_responses(run.draw, messages, texts, ended, config.flip)
-        pairs += sum(a > b for a in scores for b in scores)
-        noisy.append(ranking_line(messages, texts, scores))
-        true_scores = [gold_score(messages, *answer) for answer in zip(texts, ended)]
-        clean.append(ranking_line(messages, texts, true_scores))
+    for (messages, _), responses in answered:
+        texts, ended = zip(*((response.text, response.ended) for response in responses))
+        if config.reward:
+            order = [next(scores) for _ in responses]
+        else:
+            order = rank_responses(run.draw, messages, list(texts), list(ended), config.flip)
+        pairs += sum(a > b for a in order for b in order)
+        noisy.append(ranking_line(messages, responses, order))
+        if config.clean:
+            true = [gold_score(messages, *answer) for answer in zip(texts, ended)]
+            clean.append(ranking_line(messages, responses, true))
     out, seconds = Path(config.out), time.time() - started
     write_text(out / "rankings.jsonl", "".join(noisy))
     if config.clean:
         write_text(out / "clean.jsonl", "".join(clean))
-    generated = sum(len(response.ids) for response in responses)
-    final = {"rankings": len(noisy), "responses": sum(sizes), "pairs": pairs,
+    generated = sum(len(response.ids) for response in everything)
+    final = {"rankings": len(noisy), "responses": len(everything), "pairs": pairs,
              "seconds": round(seconds, 1), "tokens_per_second": round(generated / seconds)}
     write_json(out / "final.json", final)
     print(" ".join(f"{name}={count}" for name, count in final.items()))

@@ -1,0 +1,94 @@
+"""The table that every system here ends with: what a policy's answers are worth beside SFT's.
+
+Gold on the test prompts greedily, at T = 1 and at the policy's own best temperature (chosen on
+validation prompts); wins against SFT at the same temperatures; at T = 1 also the reward model's
+score, the KL from SFT in nats a response, the length in tokens and the share that never ends.
+"""
+from dataclasses import replace
+from pathlib import Path
+
+from common.files import write_json
+from common.run import load_gpt, start
+from data.batches import read_prompt_rows
+from data.tinytown.report import markdown, rounded
+from evaluate import Config, Policy, Sitting, figures, sit
+from rollout import load_reward, sequence_logprobs
+
+HEAD = ["method", "gold, T = 0", "T = 1", "best T", "wins, T = 0", "T = 1", "best T", "proxy",
+        "KL", "length", "endless", "seconds"]
+
+
+def compare(folder: str, policies: dict[str, Policy | str], seconds: dict[str, float] = {},
+            seed: int = 1) -> dict[str, dict]:
+    """Measure policies (or folders of them) beside the SFT model of a Tinytown run, print the table
+    and return its figures by name. seconds: what each cost, for the table."""
+    home, config = Path(folder), Config(run=folder, seed=seed)
+    run = start(config)
+    policies = {"sft": str(home / "sft"), **policies}
+    policies = {name: Policy(load_gpt(policy)[0]) if isinstance(policy, str) else policy
+                for name, policy in policies.items()}
+    for policy in policies.values():
+        run.freeze(policy.model)
+    tokenizer = load_gpt(str(home / "sft"))[1]
+    reward, _ = load_reward(str(home / "rm"), tokenizer, run)
+    room = policies["sft"].model.config.block_size - config.max_new_tokens
+    test, val = (read_prompt_rows((str(home / "data" / f"{name}.jsonl"),), tokenizer, room)
+                 for name in ("test", "rank_val"))
+    sitting = sit({name: [policy] for name, policy in policies.items()}, test, val, reward,
+                  tokenizer, config)
+    found = {name: rounded(summary(sitting, name, test, tokenizer)
+                           | {"seconds": seconds.get(name)}) for name in policies}
+    print(f"{len(test)} test prompts, seed {config.seed}; wins against SFT in %, ± one standard "
+          f"error:\n\n{table(found)}")
+    return found
+
+
+def summary(sitting: Sitting, name: str, prompts: list, tokenizer) -> dict:
+    """One policy's figures at T = 0, T = 1 and its best T, and what else the table shows."""
+    all_of_it = figures(sitting, name, prompts)
+    policy, sft = sitting.policies[name], sitting.policies["sft"]
+    own = sitting.answers[name, 1.0]
+    asked = policy.asked(prompts, tokenizer)
+    kl = (sequence_logprobs(policy.model, asked, own.responses, tokenizer.pad)
+          - sequence_logprobs(sft.model, prompts, own.responses, tokenizer.pad)).mean().item()
+    best = format(all_of_it["best_temperature"], "g")
+    gold = {t: all_of_it["at"][t]["gold"] for t in all_of_it["at"]}
+    wins = {t: all_of_it["at"][t]["win_rate"] for t in all_of_it["at"]}
+    return {"gold": gold | {"best": gold[best]}, "best_temperature": all_of_it["best_temperature"],
+            "wins": wins | {"best": all_of_it["best_wins"]["sft"]},
+            "proxy": all_of_it["at"]["1"]["proxy"], "kl": kl, "length": own.length,
+            "endless": sum(not response.ended for response in own.responses) / len(prompts),
+            "use_cases": all_of_it["at"]["0"]["use_cases"]}
+
+
+def table(found: dict[str, dict]) -> str:
+    """The figures of `compare` as a table."""
+    rows = []
+    for name, one in found.items():
+        wins = [f"{100 * one['wins'][t]['rate']:.1f} ± {100 * one['wins'][t]['standard_error']:.1f}"
+                for t in ("0", "1", "best")]
+        gold = [one["gold"]["0"], one["gold"]["1"],
+                f"{one['gold']['best']:.3f} ({one['best_temperature']:g})"]
+        cost = "" if one["seconds"] is None else f"{one['seconds']:.0f}"
+        rows.append([name, *gold, *wins, *(one[key] for key in ("proxy", "kl", "length",
+                                                                 "endless")), cost])
+    return markdown(HEAD, rows)
+
+
+# ----------------------------------------------------------------------------- places
+
+def inside(config, name: str):
+    """The config with the places inside its Tinytown run for those that it leaves empty."""
+    places = {"data": (f"{config.run}/rank/some.jsonl",), "init": f"{config.run}/sft",
+              "reward": f"{config.run}/rm", "out": f"{config.run}/systems/{name}"}
+    return replace(config, **{field: place for field, place in places.items()
+                              if getattr(config, field, True) in ("", ())})
+
+
+def measured(train, config, name: str) -> dict[str, dict]:
+    """Train by `train(config)`, in places inside the run, then compare the policy with SFT's."""
+    config = inside(config, name)
+    final = train(replace(config, run=""))      # --resume asks whether what is read has changed
+    found = compare(config.run, {name: config.out}, {name: final["seconds"]}, config.seed)
+    write_json(Path(config.out) / "table.json", found, indent=1)
+    return found
