@@ -38,11 +38,13 @@ Reward = Callable[[list[Prompt], list[Response]], list[float]]
 # ----------------------------------------------------------------------------- sampling
 
 def respond(model: GPT, prompts: list[Prompt], tokenizer: Tokenizer, max_new_tokens: int, *,
-            seed: int, title: str = "", batch_size: int = 512, stop: int | None = None,
+            seed: int, title: str = "", batch_size: int = 0, stop: int | None = None,
             **sampling) -> list[Response]:
     """A response to each of any number of prompts, in batches of similar length, with a progress
-    bar if it has a title. seed: of the random numbers that choose the tokens. stop: the id that
-    ends a response; None: the chat's end token. sampling: as `GPT.generate`."""
+    bar if it has a title. seed: of the random numbers that choose the tokens. batch_size: prompts
+    at once; 0: as `rows_at_once`. stop: the id that ends a response; None: the chat's end token.
+    sampling: as `GPT.generate`."""
+    batch_size = batch_size or rows_at_once(model)
     stop = tokenizer.end if stop is None else stop
     responses: list[Response] = [None] * len(prompts)
     sampling["generator"] = torch.Generator(model.wte.weight.device).manual_seed(seed)
@@ -54,6 +56,15 @@ def respond(model: GPT, prompts: list[Prompt], tokenizer: Tokenizer, max_new_tok
                 responses[i] = Response(answer, *tokenizer.response_text(answer, stop))
             bar.update(len(places))
     return responses
+
+
+def rows_at_once(model: GPT) -> int:
+    """How many responses to sample at once: up to 1,024 (Tinytown: 1.3 times as fast as 512), fewer
+    where their keys and values would take over 2 GiB."""
+    config = model.config
+    width = config.n_embd // config.n_head * (config.n_kv_head or config.n_head)
+    row = 2 * 4 * config.n_layer * width * config.block_size       # bytes, in fp32
+    return max(1, min(1024, 2 ** 31 // row))
 
 
 # ----------------------------------------------------------------------------- rewards

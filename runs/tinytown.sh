@@ -20,7 +20,8 @@ $PYTHON -m data.tinytown.rank --seed "$SEED" --init "$OUT/sft" --data "$OUT/data
 train "$OUT/rm" train_rm.py --preset tinytown --init "$OUT/sft" --data "$OUT/rank/rankings.jsonl" \
     --val "$OUT/rank_val/rankings.jsonl" --clean "$OUT/rank_val/clean.jsonl" \
     --demonstrations "$OUT/data/sft_val.jsonl"
-# 3  RLHF; beside it the same, longer, without KL penalty and pretraining mix: over-optimisation
+# 3  RLHF; beside it without KL penalty and pretraining mix, in larger and more steps, so that
+#    over-optimisation shows in a minute
 RL="--preset tinytown --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl"
 aligned() {
     train "$OUT/ppo" train_ppo.py $RL --ptx_data "$OUT/data/base.txt"
@@ -30,7 +31,7 @@ aligned() {
         --data "$OUT/rank/some.jsonl" --val "$OUT/rank_val/rankings.jsonl"
 }
 unrestrained() {
-    train "$OUT/ppo_no_kl" train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 80 --max_kl 1000000
+    train "$OUT/ppo_no_kl" train_ppo.py $RL --ptx_coef 0 --beta 0 --steps 64 --lr 6e-4 --max_kl 1000000
 }
 two_lanes aligned unrestrained
 # 4  what the data is like, and what each step bought; LARGE=1: beside a larger base, ten minutes
