@@ -23,7 +23,7 @@ from common.checkpoint import load_gpt, new_gpt, save_model  # noqa: F401
 from common.cli import DeviceFlags, Flags, check_flags, main  # noqa: F401
 from common.errors import InputError
 from common.estimate import gpt_of, most_tokens, report_memory
-from common.files import write_json
+from common.files import write_json, write_text  # noqa: F401
 from common.log import Log
 from common.machine import find_machine
 from common.optimizer import adamw, learning_rate, take_step  # noqa: F401

@@ -341,7 +341,8 @@ def demonstration(row: Fields, where: str) -> list[dict]:
         raise Unusable("labelled false")
     if "responses" in row:
         ranked = ranked_responses(row, where)
-        best = ranked.scores.index(max(ranked.scores))
+        best = max(range(len(ranked.scores)),
+                   key=lambda i: (ranked.scores[i], i not in ranked.cut, -i))
         if best in ranked.cut:
             raise Unusable("the best response never ended")
         return ranked.messages + [{"role": "assistant", "content": ranked.responses[best]}]
@@ -508,7 +509,7 @@ def ranked_responses(row: Fields, where: str) -> Ranking:
         values.append(number(entry.get(key),
                              f"{key}[{i}]" if beside else f"responses[{i}].{key}", where))
         ended = entry.get("ended")
-        if ended not in (None, True, False):
+        if ended is not None and not isinstance(ended, bool):
             raise wrong(where, f"responses[{i}].ended", "true or false", describe(ended),
                         "correct it or remove the field")
         cut += [i] * (ended is False)

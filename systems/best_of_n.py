@@ -2,11 +2,15 @@
 
     P(y) = p(y)/P(r = r_y) · [P(r ≤ r_y)ⁿ − P(r < r_y)ⁿ]                   → best_of_n_distribution
     KL(best-of-n ‖ π) ≤ log n − (n − 1)/n, equal without ties              → best_of_n_kl
+    E[x of the best of n] = Σ_{i≥n} C(i−1, n−1)/C(N, n) · x_(i)            → best_of_n_mean
 
 The KL is also measured: π(y|x) of the chosen response is exact, P(r < r_y) is estimated from other
 samples of the same prompt (→ measured_best_of_n_kl).
 
-    python -m systems.best_of_n --run out/tinytown --n 16
+The curve over n = 1, 2, 4, … comes from one pool of N samples a prompt, for a reward model, for
+the gold score itself, and for a choice at random: what the proxy promises, and what it is worth.
+
+    python -m systems.best_of_n --run out/tinytown
 """
 import math
 import random
@@ -18,9 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.run import DeviceFlags, load_gpt, main, start
+from common.run import DeviceFlags, load_gpt, main, start, write_json
 from data.batches import Prompt, read_prompt_rows
 from data.tinytown.gold import gold_scores
+from data.tinytown.report import markdown
 from data.tokenizer import Tokenizer
 from model import GPT
 from rollout import Response, Reward, load_reward, respond, sequence_logprobs, win_rate
@@ -30,7 +35,9 @@ from rollout import Response, Reward, load_reward, respond, sequence_logprobs, w
 class Config(DeviceFlags):
     run: str = "out/tinytown"      # folder of a Tinytown run: its sft and rm are read
     data: str = ""                 # test prompts; empty: data/test.jsonl inside run
-    n: int = 16                    # samples from which the best is chosen
+    pool: int = 256                # N, samples of each prompt, for the curve
+    curve_prompts: int = 200       # prompts of the curve
+    n: int = 16                    # samples from which the best is chosen, for wins and KL
     opponents: int = 4             # SFT responses that each chosen one is compared with
     kl_prompts: int = 60           # prompts on which the KL is measured
     kl_samples: int = 32           # further samples of each of them
@@ -38,7 +45,8 @@ class Config(DeviceFlags):
     max_new_tokens: int = 48
 
 
-LIMITS = dict(n=(2, 1000), opponents=(1, 1000), kl_prompts=(1, 10**6), kl_samples=(2, 10**6))
+LIMITS = dict(pool=(2, 1000), curve_prompts=(1, 10**6), n=(2, 1000), opponents=(1, 1000),
+              kl_prompts=(1, 10**6), kl_samples=(2, 10**6))
 
 
 # ----------------------------------------------------------------------------- equations
@@ -59,6 +67,30 @@ def best_of_n_distribution(probs: Tensor, rewards: Tensor, n: int) -> Tensor:
     at_most = (probs * (rewards <= rewards[:, None])).sum(-1)               # (R,)
     below = (probs * (rewards < rewards[:, None])).sum(-1)                  # (R,)
     return probs / (at_most - below) * (at_most ** n - below ** n)
+
+
+def best_of_n_mean(proxy: Tensor, values: Tensor, n: int) -> Tensor:
+    """Mean of `values` over the best of n by `proxy`, over all C(N, n) ways to draw n of the N
+    samples:
+
+        Σ_{i=n}^{N} C(i−1, n−1)/C(N, n) · x_(i),   x_(i): the value at the i-th lowest proxy
+
+    proxy, values (N,) or (…, N), of one prompt each. Returns a scalar or (…). The i-th lowest is
+    the best of n if the others come from the i − 1 below it. Equal proxies share their value evenly
+    (a choice at random among them). Unbiased, and from all samples; the best of the first n would
+    use n of them. Raises ValueError unless 1 ≤ n ≤ N.
+    """
+    N = proxy.shape[-1]
+    if not 1 <= n <= N:
+        raise ValueError(f"the best of {n} of {N} samples")
+    log_ways = [math.lgamma(i) - math.lgamma(n) - math.lgamma(i - n + 1) if i >= n else -math.inf
+                for i in range(1, N + 1)]                                   # log C(i−1, n−1)
+    all_ways = math.lgamma(N + 1) - math.lgamma(n + 1) - math.lgamma(N - n + 1)     # log C(N, n)
+    weights = (torch.tensor(log_ways, dtype=torch.float64) - all_ways).exp()        # (N,)
+    # The i-th lowest of several equal ones is any of them: their values' mean stands at each.
+    equal = (proxy[..., :, None] == proxy[..., None, :]).double()           # (…, N, N)
+    shared = (equal @ values.double()[..., None])[..., 0] / equal.sum(-1)   # (…, N)
+    return (shared.gather(-1, proxy.argsort(-1)) * weights).sum(-1)
 
 
 def measured_best_of_n_kl(logprobs: Tensor, below: Tensor, n: int) -> Tensor:
@@ -133,6 +165,74 @@ def best_of_n(policy: GPT, reward: Reward, prompts: list[Prompt], tokenizer: Tok
     return Chosen(chosen, measured_best_of_n_kl(logprobs, below, n).item())
 
 
+class Pool(NamedTuple):
+    """N samples of the policy to each of P prompts: what they are worth, (P, N) each."""
+    gold: Tensor
+    length: Tensor                     # tokens
+    responses: list[Response]          # prompt after prompt
+    prompts: list[Prompt]
+
+
+def sample_pool(policy: GPT, prompts: list[Prompt], count: int, tokenizer: Tokenizer,
+                config) -> Pool:
+    """Sample, and grade by the gold score; no reward model is asked."""
+    responses = several(policy, prompts, count, tokenizer, "pool", config)
+    asked = [prompt for prompt in prompts for _ in range(count)]
+    gold = torch.tensor(gold_scores(asked, responses)).view(-1, count)
+    length = torch.tensor([float(len(response.ids)) for response in responses]).view(-1, count)
+    return Pool(gold, length, responses, prompts)
+
+
+def pool_scores(pool: Pool, reward: Reward, missing_end_score: float) -> Tensor:
+    """A reward model's scores of the pool, (P, N)."""
+    count = pool.gold.shape[1]
+    asked = [prompt for prompt in pool.prompts for _ in range(count)]
+    return scores(reward, asked, pool.responses, missing_end_score).view(-1, count)
+
+
+def curve(pool: Pool, proxy: Tensor) -> list[dict[str, float]]:
+    """One row for each n = 1, 2, 4, … up to N: the proxy's promise, gold, its standard error over
+    prompts, length, and the bound on the KL in nats, when the best of n by `proxy` is taken."""
+    rows, n = [], 1
+    while n <= proxy.shape[1]:
+        gold = best_of_n_mean(proxy, pool.gold, n)                          # (P,)
+        rows.append({"n": n, "kl": best_of_n_kl(n), "proxy": best_of_n_mean(proxy, proxy, n).mean(),
+                     "gold": gold.mean(), "error": gold.std() / math.sqrt(len(gold)),
+                     "length": best_of_n_mean(proxy, pool.length, n).mean()})
+        n *= 2
+    return [{name: float(value) for name, value in row.items()} for row in rows]
+
+
+def curves(config: Config) -> dict[str, list[dict[str, float]]]:
+    """The curve by the reward model, by gold itself and by chance; prints a table."""
+    run, folder = start(config, LIMITS), Path(config.run)
+    policy, tokenizer = load_gpt(str(folder / "sft"))
+    policy = run.freeze(policy)
+    reward, _ = load_reward(str(folder / "rm"), tokenizer, run)
+    prompts = read_prompt_rows((config.data or str(folder / "data" / "test.jsonl"),), tokenizer,
+                               policy.config.block_size - config.max_new_tokens)
+    pool = sample_pool(policy, prompts[:config.curve_prompts], config.pool, tokenizer, config)
+    chance = torch.rand(pool.gold.shape, generator=torch.Generator().manual_seed(config.seed))
+    found = {"reward model": curve(pool, pool_scores(pool, reward, config.missing_end_score)),
+             "gold itself": curve(pool, pool.gold), "at random": curve(pool, chance)}
+    print(f"best of n on {len(pool.prompts)} prompts, temperature 1, seed {config.seed}:\n\n"
+          + curve_table(found))
+    return found
+
+
+def curve_table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Gold by who chooses, and the first chooser's proxy and lengths, over n."""
+    first = next(iter(found))
+    head = ["n", "KL at most", *(f"gold, by {name}" for name in found), "its proxy", "its length"]
+    rows = []
+    for place, row in enumerate(found[first]):
+        cells = [f"{one[place]['gold']:.3f} ± {one[place]['error']:.3f}"
+                 for one in found.values()]
+        rows.append([str(row["n"]), f"{row['kl']:.2f}", *cells, f"{row['proxy']:.2f}",
+                     f"{row['length']:.1f}"])
+    return markdown(head, rows)
+
+
 def measure(config: Config) -> dict[str, float]:
     """Print and return what choosing among n responses of the SFT model buys, by the gold score."""
     run, folder = start(config, LIMITS), Path(config.run)
@@ -159,5 +259,12 @@ def measure(config: Config) -> dict[str, float]:
     return found
 
 
+def both(config: Config) -> None:
+    """The curve, then wins and KL of one n."""
+    folder = Path(config.run) / "systems" / "best_of_n"
+    found = curves(config)
+    write_json(folder / "table.json", {"curves": found} | measure(config), indent=1)
+
+
 if __name__ == "__main__":
-    main(measure, Config)
+    main(both, Config)

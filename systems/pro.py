@@ -49,23 +49,23 @@ def pro_loss(logprobs: Tensor, lengths: Tensor, scores: Tensor,
 
     logprobs, lengths, scores (B, K): sums over response tokens in nats, tokens (end token
     included), scores with higher = better, in any order. mask (B, K): 1 = a response; None: all
-    are. Equal scores are not compared; a response than which none is worse has no factor.
+    are. Equal scores are not compared; a response than which none is worse has no factor. Of
+    several best ones the first is imitated.
     """
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
-    order = scores.masked_fill(~mask, -torch.inf).argsort(1, descending=True, stable=True)
-    logprobs, lengths, scores, mask = (x.gather(1, order) for x in (logprobs, lengths, scores,
-                                                                    mask))
-    s = torch.where(mask, logprobs / lengths.clamp(min=1), 0.0)             # (B, K)
+    logprobs = torch.where(mask, logprobs, 0.0)                             # (B, K)
+    s = logprobs / torch.where(mask, lengths, 1)                            # (B, K)
     worse = (scores[:, :, None] > scores[:, None, :]) & mask[:, :, None] & mask[:, None, :]
     rates = torch.where(worse, scores[:, :, None] - scores[:, None, :], 0.0)    # (B, k, i)  1/T
     rank = plackett_luce_loss(s, rates, worse)                              # (B,)
-    return rank, -torch.where(mask, logprobs, 0.0)[:, 0]                    # (B,) each
+    best = torch.where(mask, scores, -torch.inf).argmax(1, keepdim=True)    # (B, 1)
+    return rank, -logprobs.gather(1, best).squeeze(1)                       # (B,) each
 
 
 def plackett_luce_loss(s: Tensor, rates: Tensor, worse: Tensor) -> Tensor:
     """−Σ_k log [ exp(s_k/T_k^k) / (exp(s_k/T_k^k) + Σ_{i worse than k} exp(s_i/T_k^i)) ]. (B,)
 
-    s (B, K), best first. rates (B, K, K): 1/T_k^i; 1/T_k^k is their maximum over i. worse
+    s (B, K), in any order. rates (B, K, K): 1/T_k^i; 1/T_k^k is their maximum over i. worse
     (B, K, K): 1 where i is worse than k. With rates of 1 this is −log of Plackett and Luce's
     probability of the order, which over all K! orders sums to 1.
     """

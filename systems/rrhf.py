@@ -56,12 +56,12 @@ def rrhf_loss(logprobs: Tensor, lengths: Tensor, scores: Tensor,
     pair; of several best ones the first is imitated. A row without a response gives 0 and 0.
     """
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
-    p = torch.where(mask, logprobs / lengths.clamp(min=1), 0.0)             # (B, K)
+    logprobs = torch.where(mask, logprobs, 0.0)                             # (B, K)
+    p = logprobs / torch.where(mask, lengths, 1)                            # (B, K)
     gaps = p[:, None, :] - p[:, :, None]                                    # (B, K, K)  p_j − p_i
     rank = torch.where(better_pairs(scores, mask), gaps.clamp(min=0), 0.0).sum((1, 2))
-    best = scores.masked_fill(~mask, -torch.inf).argmax(1, keepdim=True)    # (B, 1)
-    sft = -torch.where(mask, logprobs, 0.0).gather(1, best).squeeze(1)
-    return rank, sft                                                        # (B,) each
+    best = torch.where(mask, scores, -torch.inf).argmax(1, keepdim=True)    # (B, 1)
+    return rank, -logprobs.gather(1, best).squeeze(1)                       # (B,) each
 
 
 def train(config: Config) -> dict:

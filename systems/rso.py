@@ -6,9 +6,9 @@
         −log σ(β_h h)    sigmoid-norm                                      → train_dpo.dpo_loss
         max(0, 1 − γ h)  hinge-norm                                        → hinge_loss
 
-DPO assumes that its pairs come from the policy that it looks for; this makes it so. Beside it two
-other sources of pairs: `direct`, people's rankings as they are, and `sft`, samples of π_SFT labelled
-by r. β → 0 takes the best, β → ∞ any.
+DPO assumes that its pairs come from the policy that it looks for; this makes it so. Beside it are
+samples of π_SFT as they come, labelled by r (`sft_sampled`); DPO on people's rankings is the third
+source. β → 0 takes the best, β → ∞ any.
 
 Differences from the paper: T = 1 instead of 0.7 with top-k 40; what is taken is one ranking by r
 with all its pairs, instead of tournament pairs; β in standard deviations of the reward.
@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import train_dpo
-from common.files import write_json, write_text
-from common.run import DeviceFlags, load_gpt, main, start
+from common.run import DeviceFlags, load_gpt, main, start, write_json, write_text
 from data.batches import Prompt, read_prompt_rows
 from data.tinytown.rank import ranking_line
 from rollout import Response, load_reward
@@ -92,7 +93,7 @@ def hinge_loss(policy_chosen_logprobs: Tensor, policy_rejected_logprobs: Tensor,
     """
     logits_diff = ((policy_chosen_logprobs - ref_chosen_logprobs)
                    - (policy_rejected_logprobs - ref_rejected_logprobs))    # (B,)  h
-    return (1 - gamma * logits_diff).clamp(min=0)
+    return F.relu(1 - gamma * logits_diff)
 
 
 def hinge_norm(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
@@ -132,10 +133,12 @@ def write_rankings(pool: Pool, config: Config, beta: float, path: Path) -> str:
     """Take some responses to each prompt, towards π* with this β, rank them by the reward model,
     and write the rankings. β = ∞: any. Returns the path."""
     draw = random.Random(config.seed)
-    spread = pool.scores[pool.scores > config.missing_end_score].std().item()
+    ended = torch.tensor([[one.ended for one in responses] for responses in pool.responses])
+    # One response alone, or all alike: any are taken.
+    spread = pool.scores[ended].std(correction=0).nan_to_num().item() or 1.0
     lines = []
     for prompt, responses, row in zip(pool.prompts, pool.responses, pool.scores.tolist()):
-        uniforms = iter(draw.random, None)                       # without end
+        uniforms = iter(draw.random, None)                   # without end
         places = rejection_sample(row, config.taken, beta * spread, uniforms)
         lines.append(ranking_line(prompt.messages, [responses[i] for i in places],
                                   [row[i] for i in places]))

@@ -15,6 +15,7 @@ a demonstration or the best candidate, ours the latter.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.run import Flags, adamw, learning_rate, load_gpt, main, start
@@ -50,7 +51,7 @@ def slic_loss(chosen_logprobs: Tensor, rejected_logprobs: Tensor, target_logprob
     in nats. A pair that is δ apart has no gradient of the first term. There is no reference: the
     loss does not notice how far the policy moves, only λ does.
     """
-    hinge = (delta - chosen_logprobs + rejected_logprobs).clamp(min=0)      # (B,)
+    hinge = F.relu(delta - chosen_logprobs + rejected_logprobs)             # (B,)
     return hinge - lam * target_logprobs
 
 
@@ -62,7 +63,7 @@ def ranking_slic_loss(logprobs: Tensor, scores: Tensor, mask: Tensor, delta: flo
     response, the first among equals; a ranking without a pair counts for nothing.
     """
     prompt, chosen, rejected = better_pairs(scores, mask).nonzero(as_tuple=True)    # (P,)
-    best = scores.masked_fill(~mask.bool(), -torch.inf).argmax(1)                   # (B,)
+    best = torch.where(mask.bool(), scores, -torch.inf).argmax(1)                   # (B,)
     losses = slic_loss(logprobs[prompt, chosen], logprobs[prompt, rejected],
                        logprobs[prompt, best[prompt]], delta, lam)                  # (P,)
     weight = 1 / prompt.bincount()[prompt].to(losses.dtype)     # (P,) sums to 1 a ranking

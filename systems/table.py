@@ -7,8 +7,7 @@ score, the KL from SFT in nats a response, the length in tokens and the share th
 from dataclasses import replace
 from pathlib import Path
 
-from common.files import write_json
-from common.run import load_gpt, start
+from common.run import load_gpt, start, write_json
 from data.batches import read_prompt_rows
 from data.tinytown.report import markdown, rounded
 from evaluate import Config, Policy, Sitting, figures, sit

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common.files import write_json, write_text
 from common.run import DeviceFlags, load_gpt, main, start
-from data.batches import Prompt, prompt_rows, read_prompt_rows
+from data.batches import Prompt, read_prompt_rows
 from data.readers import read_rankings
 from data.tinytown.annotators import rank_responses
 from data.tinytown.gold import gold_score
@@ -30,6 +30,7 @@ class Config(DeviceFlags):
     out: str = "out/rank"          # folder for rankings.jsonl
     given: bool = False            # rank the responses of data, not new ones
     reward: str = ""               # folder of a reward model that ranks; empty: annotators do
+    missing_end_score: float = -3.0   # its score of a response that never ended, as in PPO
     clean: bool = False            # also write clean.jsonl, in the true order
     least: int = 4                 # smallest K (InstructGPT: 4)
     most: int = 9                  # largest K (InstructGPT: 9)
@@ -55,18 +56,14 @@ def sampled(config: Config, run, model, tokenizer: Tokenizer) -> list[Answered]:
     following = iter(respond(run.freeze(model), asked, tokenizer, config.max_new_tokens,
                              title="sample K responses", seed=config.seed,
                              temperature=config.temperature))
-    # Text of nothing but spaces stands in no file of rankings.
-    return [(prompt, [answer if answer.text.strip() else answer._replace(text=".")
-                      for answer in (next(following) for _ in range(k))])
-            for prompt, k in zip(prompts, sizes)]
+    return [(prompt, [next(following) for _ in range(k)]) for prompt, k in zip(prompts, sizes)]
 
 
-def given(config: Config, tokenizer: Tokenizer, context: int) -> list[Answered]:
+def given(config: Config, tokenizer: Tokenizer) -> list[Answered]:
     """The responses that the rankings of data hold."""
-    rankings = read_rankings(*config.data)
     found = []
-    for ranking in rankings:
-        [prompt] = prompt_rows([ranking.messages], tokenizer, context)
+    for ranking in read_rankings(*config.data):
+        prompt = Prompt(ranking.messages, tokenizer.render_prompt(ranking.messages))
         ended = [i not in ranking.cut for i in range(len(ranking.responses))]
         found.append((prompt, [
             Response(tokenizer.encode(text) + [tokenizer.end] * whole, text, whole)
@@ -75,8 +72,9 @@ def given(config: Config, tokenizer: Tokenizer, context: int) -> list[Answered]:
 
 
 def ranking_line(messages: list[dict], responses: list[Response], scores: list[float]) -> str:
-    """One ranking in the project's layout, see `readers.py`."""
-    rows = [{"text": response.text, "score": round(score, 4), "ended": response.ended}
+    """One ranking in the project's layout, see `readers.py`, which has no use for empty texts."""
+    rows = [{"text": response.text if response.text.replace("<|endoftext|>", "").strip() else ".",
+             "score": round(score, 4), "ended": response.ended}
             for response, score in zip(responses, scores)]
     return json.dumps({"messages": messages, "responses": rows}) + "\n"
 
@@ -86,14 +84,15 @@ def collect(config: Config) -> dict:
     run, started = start(config, LIMITS | dict(most=(config.least, 100)), NEEDED), time.time()
     model, tokenizer = load_gpt(config.init)
     if config.given:
-        answered = given(config, tokenizer, model.config.block_size)
+        answered = given(config, tokenizer)
     else:
         answered = sampled(config, run, model, tokenizer)
     asked = [prompt for prompt, responses in answered for _ in responses]
     everything = [response for _, responses in answered for response in responses]
     if config.reward:
         reward, _ = load_reward(config.reward, tokenizer, run)
-        scores = iter(reward(asked, everything))
+        scores = iter(score if response.ended else config.missing_end_score
+                      for score, response in zip(reward(asked, everything), everything))
     noisy, clean, pairs = [], [], 0
     for (messages, _), responses in answered:
         texts, ended = zip(*((response.text, response.ended) for response in responses))

@@ -1,0 +1,369 @@
+"""AlpacaFarm: every method that learns from feedback, on labels of noisy annotators and once more
+on labels of people (here the gold order), same responses, same prompts. Do the two orders agree?
+
+    p_ann: a label is replaced by a fair coin half of the time             → noisy_labels
+    ρ: correlation of the methods' places in the two tables                → spearman
+    bias = how often the annotators' majority is wrong;
+    variance = how often one of them disagrees with the others' majority   → bias_and_variance
+
+A method is one line of METHODS: what it trains from the labels' folder (`rankings.jsonl`, `rm`).
+Every reward model and every direct method learns from the same rankings; PPO's β is given in
+standard deviations of the reward, which differ from labels to labels.
+
+    python -m systems.alpaca_farm --run out/tinytown               # both kinds of labels, then all
+    python -m systems.alpaca_farm --run out/tinytown --only dpo,ipo
+    python -m systems.alpaca_farm --seeds out/seeds/1 out/seeds/2  # medians of finished runs
+"""
+import json
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import train_dpo
+import train_ppo
+import train_rm
+from common.run import DeviceFlags, InputError, load_gpt, main, start, write_json, write_text
+from data.batches import read_prompt_rows
+from data.readers import read_rankings
+from data.tinytown import rank
+from data.tinytown.annotators import ANNOTATORS
+from data.tinytown.report import load_pyplot, markdown, save_plot
+from data.tinytown.specification import pairs_of, picks
+from evaluate import Policy
+from rollout import load_reward, respond
+from systems import conditional, expert_iteration, grpo, pro, rrhf, rso, slic
+from systems.table import HEAD, compare, table
+
+KINDS = ("noisy", "gold")
+
+
+@dataclass(slots=True)
+class Config(DeviceFlags):
+    run: str = "out/tinytown"      # Tinytown run: its sft, rankings and prompts are read
+    labels: tuple = KINDS          # noisy, gold, or both; with both the comparison follows
+    only: str = ""                 # these methods alone, with commas between
+    rankings: int = 2000           # for each method and each reward model
+    seeds: tuple = ()              # print medians over these finished runs, train nothing
+
+
+LIMITS = dict(rankings=(2, 10**6))
+
+
+# ----------------------------------------------------------------------------- equations
+
+def noisy_labels(labels: Tensor, replace: Tensor, coin: Tensor) -> Tensor:
+    """AlpacaFarm's label noise: the coin where replace < ½, else the label. Any equal shapes.
+
+    labels, coin: 0 or 1. replace: uniform in [0, 1). A quarter of the labels comes out flipped, not
+    half, as the coin is right half of the time; agreement a becomes a/2 + ¼.
+    """
+    return torch.where(replace < 0.5, coin, labels)
+
+
+def spearman(first: list[float], second: list[float]) -> float:
+    """Spearman's ρ: Pearson's correlation of the ranks, equal values at their mean rank. NaN where
+    all values of one list are equal."""
+    def ranks(values: list[float]) -> Tensor:
+        x = torch.tensor(values, dtype=torch.float64)
+        below, equal = (x[:, None] > x).sum(1), (x[:, None] == x).sum(1)
+        return below + (equal - 1) / 2
+    return torch.corrcoef(torch.stack([ranks(first), ranks(second)]))[0, 1].item()
+
+
+def bias_and_variance(votes: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(share of pairs on which the majority is wrong, mean share on which one of the annotators
+    disagrees with the majority of the others).
+
+    votes (A, P) and truth (P,): 0 or 1, the preferred response. A majority that is split counts
+    half wrong.
+    """
+    def wrong(share: Tensor, right: Tensor) -> Tensor:
+        return torch.where(share == 0.5, 0.5, ((share > 0.5) != right.bool()).double())
+    others = (votes.sum(0) - votes) / (len(votes) - 1)                      # (A, P)
+    bias = wrong(votes.double().mean(0), truth).mean()
+    return bias.item(), wrong(others, votes).mean().item()
+
+
+# ----------------------------------------------------------------------------- methods
+
+class Labels(NamedTuple):
+    """A folder of one kind of labels, and what methods need to know of the run."""
+    run: str                       # of Tinytown
+    folder: str                    # holds rankings.jsonl, rm, and the methods' folders
+    spread: float                  # standard deviation of rm's scores over samples of SFT
+    seed: int
+
+    def flags(self, name: str) -> dict:
+        """What all training scripts are told."""
+        return dict(init=f"{self.run}/sft", out=f"{self.folder}/{name}", seed=self.seed,
+                    overwrite=True)
+
+    def sampling(self, name: str) -> dict:
+        """What pipelines are told that sample and ask the reward model."""
+        return dict(run=self.run, reward=f"{self.folder}/rm", out=f"{self.folder}/{name}",
+                    seed=self.seed)
+
+
+def direct(pair_loss: Callable, **flags) -> Callable:
+    """DPO's loop with a loss on pairs."""
+    def method(at: Labels, name: str) -> dict[str, float]:
+        config = train_dpo.Config(data=(f"{at.folder}/rankings.jsonl",), batch_size=16,
+                                  **at.flags(name), **flags)
+        return {name: train_dpo.train(config, pair_loss)["seconds"]}
+    return method
+
+
+def on_rankings(module, **flags) -> Callable:
+    """A loss on whole rankings, with a loop of its own."""
+    def method(at: Labels, name: str) -> dict[str, float]:
+        config = module.Config(data=(f"{at.folder}/rankings.jsonl",), **at.flags(name), **flags)
+        return {name: module.train(config)["seconds"]}
+    return method
+
+
+def ppo(at: Labels, name: str) -> dict[str, float]:
+    """PPO-ptx; β in units of the reward's spread."""
+    config = train_ppo.Config(**train_ppo.PRESETS["tinytown"] | dict(beta=0.3 * at.spread),
+                              reward=f"{at.folder}/rm", data=(f"{at.run}/data/rl.jsonl",),
+                              ptx_data=(f"{at.run}/data/base.txt",), **at.flags(name))
+    return {name: train_ppo.train(config)["seconds"]}
+
+
+def group_ppo(at: Labels, name: str) -> dict[str, float]:
+    """GRPO, which divides by the spread of each group itself."""
+    config = grpo.Config(reward=f"{at.folder}/rm", data=(f"{at.run}/data/rl.jsonl",),
+                         **at.flags(name))
+    return {name: grpo.train(config)["seconds"]}
+
+
+def quark(at: Labels, name: str) -> dict[str, float]:
+    """Quantile tokens, on samples that the reward model scores."""
+    config = conditional.Config(run=at.run, reward=f"{at.folder}/rm", quark=True, **at.flags(name))
+    return {name: conditional.train(config)["seconds"]}
+
+
+def sampled_pairs(at: Labels, _: str) -> dict[str, float]:
+    """Pairs of samples: sft_sampled, rso_sigmoid, rso_hinge."""
+    return rso.rso(rso.Config(**at.sampling("")))
+
+
+def experts(at: Labels, _: str) -> dict[str, float]:
+    """expert_1 and expert_2."""
+    return expert_iteration.expert_iteration(expert_iteration.Config(**at.sampling("")))
+
+
+def feedme(at: Labels, _: str) -> dict[str, float]:
+    """SFT on the best of each ranking."""
+    return expert_iteration.feedme(expert_iteration.Config(
+        rankings=f"{at.folder}/rankings.jsonl", **at.sampling("")))
+
+
+METHODS = {
+    "dpo": direct(train_dpo.dpo_loss, beta=0.15),
+    "ipo": direct(train_dpo.ipo_loss, beta=0.05),
+    "cdpo": direct(train_dpo.dpo_loss, beta=0.15, label_smoothing=0.25),
+    "hinge": direct(rso.hinge_norm, beta=0.3),
+    "slic": on_rankings(slic, lam=0.3), "slic_plain": on_rankings(slic, lam=0.0),
+    "rrhf": on_rankings(rrhf), "pro": on_rankings(pro),
+    "conditional": on_rankings(conditional), "quark": quark,
+    "feedme": feedme, "expert": experts, "rso": sampled_pairs, "ppo": ppo, "grpo": group_ppo}
+ASKED_FOR = {"conditional": conditional.BINARY[-1], "quark": conditional.QUANTILES[-1]}
+
+
+# ----------------------------------------------------------------------------- a kind of labels
+
+def prepare(config: Config, kind: str) -> Labels:
+    """Rankings and reward model of one kind of labels; nothing anew that is there."""
+    folder = Path(config.run) / "lectures" / kind
+    rankings = folder / "rankings.jsonl"
+    if not rankings.exists():
+        source = (Path(config.run) / "rank" / "rankings.jsonl").read_text().splitlines(True)
+        write_text(folder / "noisy.jsonl", "".join(source[:config.rankings]))
+        rank.collect(rank.Config(data=(str(folder / "noisy.jsonl"),), init=f"{config.run}/sft",
+                                 out=str(folder), given=True, clean=True, flip=0.0,
+                                 seed=config.seed))
+        # rank.collect wrote the labels of annotators who are never careless, and the gold order.
+        write_text(rankings, {"noisy": folder / "noisy.jsonl", "gold": folder / "clean.jsonl",
+                              "careful": rankings}[kind].read_text())
+    if not (folder / "rm" / "final.json").exists():
+        train_rm.train(train_rm.Config(
+            **train_rm.PRESETS["tinytown"], data=(str(rankings),), init=f"{config.run}/sft",
+            val=f"{config.run}/rank_val/rankings.jsonl", seed=config.seed, overwrite=True,
+            clean=f"{config.run}/rank_val/clean.jsonl", out=str(folder / "rm"),
+            demonstrations=f"{config.run}/data/sft_val.jsonl"))
+    return Labels(config.run, str(folder), spread(config, str(folder / "rm")), config.seed)
+
+
+def spread(config: Config, rm: str) -> float:
+    """Standard deviation of a reward model's scores over samples of SFT to validation prompts."""
+    run = start(config, LIMITS)
+    policy, tokenizer = load_gpt(f"{config.run}/sft")
+    policy = run.freeze(policy)
+    reward, _ = load_reward(rm, tokenizer, run)
+    asked = read_prompt_rows((f"{config.run}/data/rank_val.jsonl",), tokenizer, 80)
+    responses = respond(policy, asked, tokenizer, 48, seed=config.seed)
+    return torch.tensor(reward(asked, responses)).std().item()
+
+
+def run_methods(config: Config, kind: str) -> dict[str, dict]:
+    """Train every method on one kind of labels, those that are done left alone; then the table."""
+    at = prepare(config, kind)
+    path = Path(at.folder) / "seconds.json"
+    seconds = json.loads(path.read_text()) if path.exists() else {}
+    for name in config.only.split(",") if config.only else METHODS:
+        if name not in METHODS:
+            raise InputError(f"--only {name}: expected some of {', '.join(METHODS)}")
+        if name not in seconds.get("done", []):
+            found = METHODS[name](at, name)
+            seconds |= {Path(folder).name: spent for folder, spent in found.items()}
+            seconds["done"] = seconds.get("done", []) + [name]
+            write_json(path, seconds)
+    spent = {name: value for name, value in seconds.items() if name != "done"}
+    policies = {name: Policy(load_gpt(f"{at.folder}/{name}")[0], system=ASKED_FOR.get(name, ""))
+                for name in spent}
+    print(f"{kind} labels, {config.rankings} rankings; one reward spread is {at.spread:.2f}")
+    found = compare(config.run, policies, spent, config.seed)
+    write_json(Path(at.folder) / "table.json", found, indent=1)
+    return found
+
+
+# ----------------------------------------------------------------------------- both kinds
+
+def report(config: Config) -> dict:
+    """What both tables say together; writes methods.json and two plots into RUN/lectures."""
+    home = Path(config.run) / "lectures"
+    tables = {kind: json.loads((home / kind / "table.json").read_text()) for kind in KINDS}
+    found = {"tables": tables, "spearman": orders_agree(tables),
+             "annotators": annotators(config)}
+    write_json(home / "methods.json", found, indent=1)
+    for kind in KINDS:
+        print(f"{kind} labels:\n\n{table(tables[kind])}")
+    print(agreement_lines(found))
+    if pyplot := load_pyplot():
+        save_plot(method_plot(pyplot, tables), home / "methods.png")
+        save_plot(scatter_plot(pyplot, found), home / "orders.png")
+        pyplot.close("all")
+    return found
+
+
+def orders_agree(tables: dict[str, dict]) -> dict[str, dict]:
+    """Spearman's ρ between the methods' wins at each temperature with both kinds of labels: over
+    all methods, and over those alone that beat SFT with both."""
+    found = {}
+    for t in ("0", "1", "best"):
+        wins = {kind: {name: row["wins"][t]["rate"] for name, row in rows.items() if name != "sft"}
+                for kind, rows in tables.items()}
+        names = [name for name in wins["noisy"] if name in wins["gold"]]
+        good = [name for name in names if min(wins[kind][name] for kind in KINDS) > 0.5]
+        found[t] = {label: {"rho": spearman(*([wins[kind][name] for name in some]
+                                              for kind in KINDS)), "methods": len(some)}
+                    for label, some in (("all", names), ("better than SFT", good))}
+    return found
+
+
+def annotators(config: Config, count: int = 1000) -> dict[str, dict[str, float]]:
+    """Bias and variance on pairs of the collected rankings: of the 13 annotators, of one of them
+    thirteen times, and of both behind AlpacaFarm's noise."""
+    draw, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+    pairs = pairs_of(read_rankings(f"{config.run}/rank/rankings.jsonl"), count, draw)
+    truth = torch.tensor([pair.gold[1] > pair.gold[0] for pair in pairs]).long()
+    found = {}
+    for name, pool in (("all 13", ANNOTATORS), ("one, 13 times", ANNOTATORS[:1] * 13)):
+        votes = torch.tensor([picks(annotator, pairs, draw) for annotator in pool])     # (A, P)
+        replaced, coin = torch.rand(2, *votes.shape, generator=generator)
+        noisy = noisy_labels(votes, replaced, (coin < 0.5).long())
+        for label, some in ((name, votes), (f"{name}, noisy", noisy)):
+            found[label] = dict(zip(("bias", "variance"), bias_and_variance(some, truth)))
+    return found
+
+
+def agreement_lines(found: dict) -> str:
+    """Spearman's ρ, and the annotators' bias and variance."""
+    lines = [f"order of wins, noisy against gold labels, T = {t}: " + ", ".join(
+        f"{one['rho']:.2f} over the {one['methods']} methods {'of all' * (label == 'all')}"
+        f"{label * (label != 'all')}" for label, one in some.items())
+        for t, some in found["spearman"].items()]
+    rows = [[name, one["bias"], one["variance"]] for name, one in found["annotators"].items()]
+    return "\n".join(lines) + "\n\n" + markdown(["annotators", "bias", "variance"], rows)
+
+
+def method_plot(pyplot, tables: dict[str, dict]):
+    """Wins against SFT at T = 0 and T = 1, a bar a method, noisy beside gold labels."""
+    names = sorted((name for name in tables["noisy"] if name != "sft"),
+                   key=lambda name: tables["noisy"][name]["wins"]["1"]["rate"])
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 6), sharey=True, constrained_layout=True)
+    for axis, t in zip(axes, ("0", "1")):
+        for shift, kind in ((-0.2, "noisy"), (0.2, "gold")):
+            wins = [tables[kind].get(name, tables["noisy"][name])["wins"][t] for name in names]
+            axis.barh([place + shift for place in range(len(names))],
+                      [100 * win["rate"] for win in wins], height=0.38, label=f"{kind} labels",
+                      xerr=[100 * win["standard_error"] for win in wins])
+        axis.axvline(50, color="black", linewidth=1)
+        axis.set(title=f"wins against SFT at T = {t}, %", xlim=(0, 100))
+        axis.set_yticks(range(len(names)), names)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+def scatter_plot(pyplot, found: dict):
+    """Each method's wins with noisy labels against those with gold ones, at T = 1."""
+    figure, axis = pyplot.subplots(figsize=(6.5, 6), constrained_layout=True)
+    for name, row in found["tables"]["noisy"].items():
+        if name in found["tables"]["gold"] and name != "sft":
+            x, y = (100 * found["tables"][kind][name]["wins"]["1"]["rate"] for kind in KINDS)
+            axis.plot(x, y, "o", color="tab:blue")
+            axis.annotate(name, (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
+    axis.axline((50, 50), slope=1, color="black", linewidth=0.8)
+    axis.set(title=f"Spearman {found['spearman']['1']['all']['rho']:.2f}",
+             xlabel="wins with noisy labels, T = 1, %", ylabel="wins with gold labels, T = 1, %")
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def over_seeds(folders: tuple[str, ...]) -> None:
+    """Median and range over finished runs: gold and wins of every method, and Spearman's ρ."""
+    runs = [json.loads((Path(folder) / "lectures" / "methods.json").read_text())
+            for folder in folders]
+
+    def cell(values: list[float], scale: float = 1, form: str = ".3f") -> str:
+        low, middle, high = min(values), statistics.median(values), max(values)
+        return f"{scale * middle:{form}} ({scale * low:{form}}–{scale * high:{form}})"
+    for kind in KINDS:
+        rows = []
+        for name in runs[0]["tables"][kind]:
+            of = [run["tables"][kind][name] for run in runs]
+            rows.append([name, *(cell([one["gold"][t] for one in of]) for t in ("0", "1", "best")),
+                         *(cell([one["wins"][t]["rate"] for one in of], 100, ".1f")
+                           for t in ("0", "1", "best")),
+                         *(cell([one[key] for one in of], 1, ".2f") for key in ("kl", "length"))])
+        head = [*HEAD[:7], "KL", "length"]
+        print(f"{kind} labels, median of {len(runs)} runs (range):\n\n{markdown(head, rows)}")
+    for t in ("0", "1", "best"):
+        for label in ("all", "better than SFT"):
+            some = [run["spearman"][t][label] for run in runs]
+            print(f"Spearman at T = {t}, {label}: {cell([one['rho'] for one in some], 1, '.2f')}, "
+                  f"{min(one['methods'] for one in some)} methods or more")
+
+
+def farm(config: Config) -> None:
+    """What the command line asks for."""
+    start(config, LIMITS)
+    if config.seeds:
+        return over_seeds(config.seeds)
+    for kind in config.labels:
+        if kind not in KINDS:
+            raise InputError(f"--labels {kind}: expected some of {', '.join(KINDS)}")
+        run_methods(config, kind)
+    if all((Path(config.run) / "lectures" / kind / "table.json").exists() for kind in KINDS):
+        report(config)
+
+
+if __name__ == "__main__":
+    main(farm, Config)
