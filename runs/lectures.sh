@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What the slides claim beyond the line itself, on the run that `make run` left in OUT: a larger
-# base, prompted, against the small PPO model; PPO at four doses of the KL penalty and of the
-# pretraining mix. What `make lectures` runs.
+# What the slides claim beyond the line itself, on the run that `make run` left in OUT: every other
+# way to learn from feedback, on noisy labels and on gold ones; over-optimisation; a larger base,
+# prompted, against the small PPO model; PPO at four doses of the KL penalty and of the pretraining
+# mix. What `make lectures` runs; what is there already is left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . runs/stage.sh
@@ -23,6 +24,15 @@ gammas() {
     dose doses/gamma_16 --ptx_coef 16
 }
 
+# farm KIND: every method on one kind of labels
+farm() { $PYTHON -m systems.alpaca_farm --run "$OUT" --seed "$SEED" --labels "$1"; }
+noisy() { farm noisy; }
+gold() { farm gold; }
+
+two_lanes noisy gold
+$PYTHON -m systems.alpaca_farm --run "$OUT" --seed "$SEED"
+$PYTHON -m systems.over_optimisation --run "$OUT" --seed "$SEED"
+$PYTHON -m systems.best_of_n --run "$OUT" --seed "$SEED"
 train_large
 two_lanes betas gammas
 $PYTHON evaluate.py --run "$OUT" --seed "$SEED"

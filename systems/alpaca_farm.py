@@ -38,7 +38,7 @@ from data.tinytown.specification import pairs_of, picks
 from evaluate import Policy
 from rollout import load_reward, respond
 from systems import conditional, expert_iteration, grpo, pro, rrhf, rso, slic
-from systems.table import HEAD, compare, table
+from systems.table import HEAD, again, compare, table
 
 KINDS = ("noisy", "gold")
 
@@ -101,8 +101,8 @@ class Labels(NamedTuple):
 
     def flags(self, name: str) -> dict:
         """What all training scripts are told."""
-        return dict(init=f"{self.run}/sft", out=f"{self.folder}/{name}", seed=self.seed,
-                    overwrite=True)
+        out = f"{self.folder}/{name}"
+        return dict(init=f"{self.run}/sft", out=out, seed=self.seed, **again(out))
 
     def sampling(self, name: str) -> dict:
         """What pipelines are told that sample and ask the reward model."""
@@ -194,9 +194,9 @@ def prepare(config: Config, kind: str) -> Labels:
     if not (folder / "rm" / "final.json").exists():
         train_rm.train(train_rm.Config(
             **train_rm.PRESETS["tinytown"], data=(str(rankings),), init=f"{config.run}/sft",
-            val=f"{config.run}/rank_val/rankings.jsonl", seed=config.seed, overwrite=True,
+            val=f"{config.run}/rank_val/rankings.jsonl", seed=config.seed,
             clean=f"{config.run}/rank_val/clean.jsonl", out=str(folder / "rm"),
-            demonstrations=f"{config.run}/data/sft_val.jsonl"))
+            demonstrations=f"{config.run}/data/sft_val.jsonl", **again(folder / "rm")))
     return Labels(config.run, str(folder), spread(config, str(folder / "rm")), config.seed)
 
 
@@ -213,23 +213,26 @@ def spread(config: Config, rm: str) -> float:
 
 def run_methods(config: Config, kind: str) -> dict[str, dict]:
     """Train every method on one kind of labels, those that are done left alone; then the table."""
-    at = prepare(config, kind)
-    path = Path(at.folder) / "seconds.json"
-    seconds = json.loads(path.read_text()) if path.exists() else {}
-    for name in config.only.split(",") if config.only else METHODS:
+    names = config.only.split(",") if config.only else list(METHODS)
+    for name in names:
         if name not in METHODS:
             raise InputError(f"--only {name}: expected some of {', '.join(METHODS)}")
-        if name not in seconds.get("done", []):
-            found = METHODS[name](at, name)
-            seconds |= {Path(folder).name: spent for folder, spent in found.items()}
-            seconds["done"] = seconds.get("done", []) + [name]
-            write_json(path, seconds)
-    spent = {name: value for name, value in seconds.items() if name != "done"}
+    at = prepare(config, kind)
+    path, shown = (Path(at.folder) / name for name in ("seconds.json", "table.json"))
+    done = json.loads(path.read_text()) if path.exists() else {}    # method → policy → seconds
+    left = [name for name in names if name not in done]
+    if not left and shown.exists():
+        return json.loads(shown.read_text())
+    for name in left:
+        found = METHODS[name](at, name)
+        done[name] = {Path(folder).name: spent for folder, spent in found.items()}
+        write_json(path, done)
+    spent = {policy: seconds for found in done.values() for policy, seconds in found.items()}
     policies = {name: Policy(load_gpt(f"{at.folder}/{name}")[0], system=ASKED_FOR.get(name, ""))
                 for name in spent}
     print(f"{kind} labels, {config.rankings} rankings; one reward spread is {at.spread:.2f}")
     found = compare(config.run, policies, spent, config.seed)
-    write_json(Path(at.folder) / "table.json", found, indent=1)
+    write_json(shown, found, indent=1)
     return found
 
 

@@ -25,7 +25,7 @@ from common.run import DeviceFlags, load_gpt, main, start, write_json, write_tex
 from data.batches import Prompt, read_prompt_rows
 from rollout import Response, load_reward
 from systems.best_of_n import choose, scores, several
-from systems.table import compare
+from systems.table import again, compare
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class Config(DeviceFlags):
     rankings: str = ""             # what FeedME learns from; empty: rank/some.jsonl inside run
     out: str = ""                  # folder of what is made; empty: systems/expert inside run
     rounds: int = 2
-    prompts: int = 1500            # a round, of rl.jsonl
+    prompts: int = 1000            # a round, of rl.jsonl
     n: int = 16                    # samples from which the best is chosen (AlpacaFarm: 16)
     epochs: int = 2
     lr: float = 3e-4               # peak
@@ -63,7 +63,7 @@ def imitate(demonstrations: str, out: str, config: Config) -> dict:
     return train_sft.train(train_sft.Config(
         data=(demonstrations,), init=f"{config.run}/sft", out=out, seed=config.seed,
         val=f"{config.run}/data/sft_val.jsonl", ptx_data=(f"{config.run}/data/base.txt",),
-        epochs=config.epochs, lr=config.lr, overwrite=True))
+        epochs=config.epochs, lr=config.lr, **again(out)))
 
 
 def expert_iteration(config: Config) -> dict[str, float]:

@@ -75,7 +75,7 @@ def group_advantages(scores: Tensor, group: int) -> Tensor:
     sample, over group − 1, as in TRL; the paper does not say. However bad a response, its advantage
     is within ±(group − 1)/√group, 2.5 for 8. Equal scores give exactly 0: nothing to learn.
     """
-    scores = scores.view(-1, group)                                         # (prompts, group)
+    scores = scores.view(-1, group)                                       # (prompts, group)
     scores = scores - scores[:, :1]    # else the mean of equal numbers, rounded, may differ
     std = scores.std(1, keepdim=True, correction=1)
     return ((scores - scores.mean(1, keepdim=True)) / (std + 1e-4)).flatten()

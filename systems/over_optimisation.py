@@ -29,6 +29,7 @@ from evaluate import over_optimisation as ppo_curve
 from rollout import load_reward
 from systems import alpaca_farm
 from systems.best_of_n import curve, curve_table, pool_scores, sample_pool
+from systems.table import again
 
 JUDGES = ("noisy", "careful", "gold")
 COLORS = {"noisy": "tab:red", "careful": "tab:green", "gold": "tab:blue",
@@ -111,7 +112,7 @@ def reinforced_curves(config: Config, home: Path) -> dict[str, list[dict]]:
                 **train_ppo.PRESETS["tinytown"] | dict(beta=0.0, steps=config.steps, lr=6e-4),
                 max_kl=1e6, ptx_coef=0.0, init=f"{config.run}/sft", reward=str(home / judge / "rm"),
                 data=(f"{config.run}/data/rl.jsonl",), out=str(out), seed=config.seed,
-                overwrite=True))
+                **again(out)))
         found[judge] = ppo_curve(out, window=4)
         lengths = [json.loads(line)["length"] for line in open(out / "metrics.jsonl")]
         for point, place in zip(found[judge], range(0, len(lengths), 4)):

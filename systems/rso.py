@@ -33,7 +33,7 @@ from data.batches import Prompt, read_prompt_rows
 from data.tinytown.rank import ranking_line
 from rollout import Response, load_reward
 from systems.best_of_n import scores, several
-from systems.table import compare
+from systems.table import again, compare
 
 
 @dataclass(slots=True)
@@ -150,7 +150,7 @@ def fit(rankings: str, out: Path, config: Config, hinge: bool = False) -> dict:
     """Train from the SFT model on all pairs of these rankings, sigmoid-norm or hinge-norm."""
     settings = train_dpo.Config(
         data=(rankings,), init=f"{config.run}/sft", out=str(out), seed=config.seed, batch_size=16,
-        overwrite=True, beta=config.gamma if hinge else config.pair_beta)
+        **again(str(out)), beta=config.gamma if hinge else config.pair_beta)
     return train_dpo.train(settings, hinge_norm if hinge else train_dpo.dpo_loss)
 
 

@@ -84,6 +84,13 @@ def inside(config, name: str):
                               if getattr(config, field, True) in ("", ())})
 
 
+def again(out: str) -> dict[str, bool]:
+    """Flags for a folder in which something may be: a finished run is replaced, one that was cut
+    off goes on."""
+    begun = any((Path(out) / "resume").glob("step_*.pt"))
+    return {"overwrite": True} if (Path(out) / "final.json").exists() else {"resume": begun}
+
+
 def measured(train, config, name: str) -> dict[str, dict]:
     """Train by `train(config)`, in places inside the run, then compare the policy with SFT's."""
     config = inside(config, name)
