@@ -33,6 +33,9 @@ two_lanes noisy gold
 $PYTHON -m systems.alpaca_farm --run "$OUT" --seed "$SEED"
 $PYTHON -m systems.over_optimisation --run "$OUT" --seed "$SEED"
 $PYTHON -m systems.best_of_n --run "$OUT" --seed "$SEED"
+for form in "" --verifier; do
+    $PYTHON -m systems.grpo --run "$OUT" --seed "$SEED" $form --overwrite
+done
 train_large
 two_lanes betas gammas
 $PYTHON evaluate.py --run "$OUT" --seed "$SEED"

@@ -6,9 +6,8 @@ on labels of people (here the gold order), same responses, same prompts. Do the 
     bias = how often the annotators' majority is wrong;
     variance = how often one of them disagrees with the others' majority   → bias_and_variance
 
-A method is one line of METHODS: what it trains from the labels' folder (`rankings.jsonl`, `rm`).
-Every reward model and every direct method learns from the same rankings; PPO's β is given in
-standard deviations of the reward, which differ from labels to labels.
+The methods are those of systems/methods.py; all learn from the same rankings, reward models too.
+PPO's β is given in standard deviations of the reward, which differ from labels to labels.
 
     python -m systems.alpaca_farm --run out/tinytown               # both kinds of labels, then all
     python -m systems.alpaca_farm --run out/tinytown --only dpo,ipo
@@ -17,28 +16,21 @@ standard deviations of the reward, which differ from labels to labels.
 import json
 import random
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import train_dpo
-import train_ppo
-import train_rm
-from common.run import DeviceFlags, InputError, load_gpt, main, start, write_json, write_text
-from data.batches import read_prompt_rows
+from common.run import DeviceFlags, InputError, load_gpt, main, start, write_json
 from data.readers import read_rankings
-from data.tinytown import rank
 from data.tinytown.annotators import ANNOTATORS
-from data.tinytown.report import load_pyplot, markdown, save_plot
+from data.tinytown.report import load_pyplot, markdown, rounded, save_plot
 from data.tinytown.specification import pairs_of, picks
 from evaluate import Policy
-from rollout import load_reward, respond
-from systems import conditional, expert_iteration, grpo, pro, rrhf, rso, slic
-from systems.table import HEAD, again, compare, table
+from systems import best_of_n
+from systems.methods import ASKED_FOR, METHODS, Labels, prepare
+from systems.table import HEAD, compare, table
 
 KINDS = ("noisy", "gold")
 
@@ -90,126 +82,7 @@ def bias_and_variance(votes: Tensor, truth: Tensor) -> tuple[float, float]:
     return bias.item(), wrong(others, votes).mean().item()
 
 
-# ----------------------------------------------------------------------------- methods
-
-class Labels(NamedTuple):
-    """A folder of one kind of labels, and what methods need to know of the run."""
-    run: str                       # of Tinytown
-    folder: str                    # holds rankings.jsonl, rm, and the methods' folders
-    spread: float                  # standard deviation of rm's scores over samples of SFT
-    seed: int
-
-    def flags(self, name: str) -> dict:
-        """What all training scripts are told."""
-        out = f"{self.folder}/{name}"
-        return dict(init=f"{self.run}/sft", out=out, seed=self.seed, **again(out))
-
-    def sampling(self, name: str) -> dict:
-        """What pipelines are told that sample and ask the reward model."""
-        return dict(run=self.run, reward=f"{self.folder}/rm", out=f"{self.folder}/{name}",
-                    seed=self.seed)
-
-
-def direct(pair_loss: Callable, **flags) -> Callable:
-    """DPO's loop with a loss on pairs."""
-    def method(at: Labels, name: str) -> dict[str, float]:
-        config = train_dpo.Config(data=(f"{at.folder}/rankings.jsonl",), batch_size=16,
-                                  **at.flags(name), **flags)
-        return {name: train_dpo.train(config, pair_loss)["seconds"]}
-    return method
-
-
-def on_rankings(module, **flags) -> Callable:
-    """A loss on whole rankings, with a loop of its own."""
-    def method(at: Labels, name: str) -> dict[str, float]:
-        config = module.Config(data=(f"{at.folder}/rankings.jsonl",), **at.flags(name), **flags)
-        return {name: module.train(config)["seconds"]}
-    return method
-
-
-def ppo(at: Labels, name: str) -> dict[str, float]:
-    """PPO-ptx; β in units of the reward's spread."""
-    config = train_ppo.Config(**train_ppo.PRESETS["tinytown"] | dict(beta=0.3 * at.spread),
-                              reward=f"{at.folder}/rm", data=(f"{at.run}/data/rl.jsonl",),
-                              ptx_data=(f"{at.run}/data/base.txt",), **at.flags(name))
-    return {name: train_ppo.train(config)["seconds"]}
-
-
-def group_ppo(at: Labels, name: str) -> dict[str, float]:
-    """GRPO, which divides by the spread of each group itself."""
-    config = grpo.Config(reward=f"{at.folder}/rm", data=(f"{at.run}/data/rl.jsonl",),
-                         **at.flags(name))
-    return {name: grpo.train(config)["seconds"]}
-
-
-def quark(at: Labels, name: str) -> dict[str, float]:
-    """Quantile tokens, on samples that the reward model scores."""
-    config = conditional.Config(run=at.run, reward=f"{at.folder}/rm", quark=True, **at.flags(name))
-    return {name: conditional.train(config)["seconds"]}
-
-
-def sampled_pairs(at: Labels, _: str) -> dict[str, float]:
-    """Pairs of samples: sft_sampled, rso_sigmoid, rso_hinge."""
-    return rso.rso(rso.Config(**at.sampling("")))
-
-
-def experts(at: Labels, _: str) -> dict[str, float]:
-    """expert_1 and expert_2."""
-    return expert_iteration.expert_iteration(expert_iteration.Config(**at.sampling("")))
-
-
-def feedme(at: Labels, _: str) -> dict[str, float]:
-    """SFT on the best of each ranking."""
-    return expert_iteration.feedme(expert_iteration.Config(
-        rankings=f"{at.folder}/rankings.jsonl", **at.sampling("")))
-
-
-METHODS = {
-    "dpo": direct(train_dpo.dpo_loss, beta=0.15),
-    "ipo": direct(train_dpo.ipo_loss, beta=0.05),
-    "cdpo": direct(train_dpo.dpo_loss, beta=0.15, label_smoothing=0.25),
-    "hinge": direct(rso.hinge_norm, beta=0.3),
-    "slic": on_rankings(slic, lam=0.3), "slic_plain": on_rankings(slic, lam=0.0),
-    "rrhf": on_rankings(rrhf), "pro": on_rankings(pro),
-    "conditional": on_rankings(conditional), "quark": quark,
-    "feedme": feedme, "expert": experts, "rso": sampled_pairs, "ppo": ppo, "grpo": group_ppo}
-ASKED_FOR = {"conditional": conditional.BINARY[-1], "quark": conditional.QUANTILES[-1]}
-
-
 # ----------------------------------------------------------------------------- a kind of labels
-
-def prepare(config: Config, kind: str) -> Labels:
-    """Rankings and reward model of one kind of labels; nothing anew that is there."""
-    folder = Path(config.run) / "lectures" / kind
-    rankings = folder / "rankings.jsonl"
-    if not rankings.exists():
-        source = (Path(config.run) / "rank" / "rankings.jsonl").read_text().splitlines(True)
-        write_text(folder / "noisy.jsonl", "".join(source[:config.rankings]))
-        rank.collect(rank.Config(data=(str(folder / "noisy.jsonl"),), init=f"{config.run}/sft",
-                                 out=str(folder), given=True, clean=True, flip=0.0,
-                                 seed=config.seed))
-        # rank.collect wrote the labels of annotators who are never careless, and the gold order.
-        write_text(rankings, {"noisy": folder / "noisy.jsonl", "gold": folder / "clean.jsonl",
-                              "careful": rankings}[kind].read_text())
-    if not (folder / "rm" / "final.json").exists():
-        train_rm.train(train_rm.Config(
-            **train_rm.PRESETS["tinytown"], data=(str(rankings),), init=f"{config.run}/sft",
-            val=f"{config.run}/rank_val/rankings.jsonl", seed=config.seed,
-            clean=f"{config.run}/rank_val/clean.jsonl", out=str(folder / "rm"),
-            demonstrations=f"{config.run}/data/sft_val.jsonl", **again(folder / "rm")))
-    return Labels(config.run, str(folder), spread(config, str(folder / "rm")), config.seed)
-
-
-def spread(config: Config, rm: str) -> float:
-    """Standard deviation of a reward model's scores over samples of SFT to validation prompts."""
-    run = start(config, LIMITS)
-    policy, tokenizer = load_gpt(f"{config.run}/sft")
-    policy = run.freeze(policy)
-    reward, _ = load_reward(rm, tokenizer, run)
-    asked = read_prompt_rows((f"{config.run}/data/rank_val.jsonl",), tokenizer, 80)
-    responses = respond(policy, asked, tokenizer, 48, seed=config.seed)
-    return torch.tensor(reward(asked, responses)).std().item()
-
 
 def run_methods(config: Config, kind: str) -> dict[str, dict]:
     """Train every method on one kind of labels, those that are done left alone; then the table."""
@@ -217,7 +90,7 @@ def run_methods(config: Config, kind: str) -> dict[str, dict]:
     for name in names:
         if name not in METHODS:
             raise InputError(f"--only {name}: expected some of {', '.join(METHODS)}")
-    at = prepare(config, kind)
+    at = prepare(config.run, kind, config.rankings, config.seed)
     path, shown = (Path(at.folder) / name for name in ("seconds.json", "table.json"))
     done = json.loads(path.read_text()) if path.exists() else {}    # method → policy → seconds
     left = [name for name in names if name not in done]
@@ -232,8 +105,17 @@ def run_methods(config: Config, kind: str) -> dict[str, dict]:
                 for name in spent}
     print(f"{kind} labels, {config.rankings} rankings; one reward spread is {at.spread:.2f}")
     found = compare(config.run, policies, spent, config.seed)
+    found["best_of_16"] = best_of_16(at)
     write_json(shown, found, indent=1)
     return found
+
+
+def best_of_16(at: Labels) -> dict:
+    """The row of a choice without training, at T = 1 alone."""
+    one = best_of_n.measure(best_of_n.Config(run=at.run, reward=f"{at.folder}/rm", seed=at.seed))
+    win = {"rate": one["win_rate"], "standard_error": one["standard_error"]}
+    return rounded({"gold": {"1": one["gold"]}, "wins": {"1": win}, "proxy": one["proxy"],
+                    "kl": one["kl"], "length": one["length"], "endless": None, "seconds": None})
 
 
 # ----------------------------------------------------------------------------- both kinds
@@ -260,8 +142,8 @@ def orders_agree(tables: dict[str, dict]) -> dict[str, dict]:
     all methods, and over those alone that beat SFT with both."""
     found = {}
     for t in ("0", "1", "best"):
-        wins = {kind: {name: row["wins"][t]["rate"] for name, row in rows.items() if name != "sft"}
-                for kind, rows in tables.items()}
+        wins = {kind: {name: row["wins"][t]["rate"] for name, row in rows.items()
+                       if name != "sft" and t in row["wins"]} for kind, rows in tables.items()}
         names = [name for name in wins["noisy"] if name in wins["gold"]]
         good = [name for name in names if min(wins[kind][name] for kind in KINDS) > 0.5]
         found[t] = {label: {"rho": spearman(*([wins[kind][name] for name in some]
@@ -303,10 +185,12 @@ def method_plot(pyplot, tables: dict[str, dict]):
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 6), sharey=True, constrained_layout=True)
     for axis, t in zip(axes, ("0", "1")):
         for shift, kind in ((-0.2, "noisy"), (0.2, "gold")):
-            wins = [tables[kind].get(name, tables["noisy"][name])["wins"][t] for name in names]
-            axis.barh([place + shift for place in range(len(names))],
-                      [100 * win["rate"] for win in wins], height=0.38, label=f"{kind} labels",
-                      xerr=[100 * win["standard_error"] for win in wins])
+            wins = {place: tables[kind][name]["wins"][t] for place, name in enumerate(names)
+                    if name in tables[kind] and t in tables[kind][name]["wins"]}
+            axis.barh([place + shift for place in wins],
+                      [100 * win["rate"] for win in wins.values()], height=0.38,
+                      xerr=[100 * win["standard_error"] for win in wins.values()],
+                      label=f"{kind} labels")
         axis.axvline(50, color="black", linewidth=1)
         axis.set(title=f"wins against SFT at T = {t}, %", xlim=(0, 100))
         axis.set_yticks(range(len(names)), names)
@@ -342,9 +226,10 @@ def over_seeds(folders: tuple[str, ...]) -> None:
         rows = []
         for name in runs[0]["tables"][kind]:
             of = [run["tables"][kind][name] for run in runs]
-            rows.append([name, *(cell([one["gold"][t] for one in of]) for t in ("0", "1", "best")),
-                         *(cell([one["wins"][t]["rate"] for one in of], 100, ".1f")
-                           for t in ("0", "1", "best")),
+            at = [t if t in of[0]["gold"] else None for t in ("0", "1", "best")]
+            rows.append([name, *(t and cell([one["gold"][t] for one in of]) for t in at),
+                         *(t and cell([one["wins"][t]["rate"] for one in of], 100, ".1f")
+                           for t in at),
                          *(cell([one[key] for one in of], 1, ".2f") for key in ("kl", "length"))])
         head = [*HEAD[:7], "KL", "length"]
         print(f"{kind} labels, median of {len(runs)} runs (range):\n\n{markdown(head, rows)}")

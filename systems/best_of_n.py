@@ -34,6 +34,7 @@ from rollout import Response, Reward, load_reward, respond, sequence_logprobs, w
 @dataclass(slots=True)
 class Config(DeviceFlags):
     run: str = "out/tinytown"      # folder of a Tinytown run: its sft and rm are read
+    reward: str = ""               # reward model; empty: rm inside run
     data: str = ""                 # test prompts; empty: data/test.jsonl inside run
     pool: int = 256                # N, samples of each prompt, for the curve
     curve_prompts: int = 200       # prompts of the curve
@@ -208,7 +209,7 @@ def curves(config: Config) -> dict[str, list[dict[str, float]]]:
     run, folder = start(config, LIMITS), Path(config.run)
     policy, tokenizer = load_gpt(str(folder / "sft"))
     policy = run.freeze(policy)
-    reward, _ = load_reward(str(folder / "rm"), tokenizer, run)
+    reward, _ = load_reward(config.reward or str(folder / "rm"), tokenizer, run)
     prompts = read_prompt_rows((config.data or str(folder / "data" / "test.jsonl"),), tokenizer,
                                policy.config.block_size - config.max_new_tokens)
     pool = sample_pool(policy, prompts[:config.curve_prompts], config.pool, tokenizer, config)
@@ -238,7 +239,7 @@ def measure(config: Config) -> dict[str, float]:
     run, folder = start(config, LIMITS), Path(config.run)
     policy, tokenizer = load_gpt(str(folder / "sft"))
     policy = run.freeze(policy)
-    reward, _ = load_reward(str(folder / "rm"), tokenizer, run)
+    reward, _ = load_reward(config.reward or str(folder / "rm"), tokenizer, run)
     prompts = read_prompt_rows((config.data or str(folder / "data" / "test.jsonl"),), tokenizer,
                                policy.config.block_size - config.max_new_tokens)
     chosen, kl = best_of_n(policy, reward, prompts, tokenizer, config)

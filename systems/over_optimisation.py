@@ -27,8 +27,8 @@ from data.batches import read_prompt_rows
 from data.tinytown.report import load_pyplot, save_plot
 from evaluate import over_optimisation as ppo_curve
 from rollout import load_reward
-from systems import alpaca_farm
 from systems.best_of_n import curve, curve_table, pool_scores, sample_pool
+from systems.methods import prepare
 from systems.table import again
 
 JUDGES = ("noisy", "careful", "gold")
@@ -124,8 +124,7 @@ def measure(config: Config) -> dict:
     """Everything; prints the tables, writes over_optimisation.json and .png into RUN/lectures."""
     home = Path(config.run) / "lectures"
     for judge in JUDGES:
-        alpaca_farm.prepare(alpaca_farm.Config(run=config.run, rankings=config.rankings,
-                                               seed=config.seed), judge)
+        prepare(config.run, judge, config.rankings, config.seed)
     found = best_of_n_curves(config, home) | {"ppo": reinforced_curves(config, home)}
     found["fits"] = {
         f"best-of-n, {judge}": fit([row["kl"] for row in rows], [row["gold"] for row in rows],

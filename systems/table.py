@@ -64,10 +64,11 @@ def table(found: dict[str, dict]) -> str:
     """The figures of `compare` as a table."""
     rows = []
     for name, one in found.items():
-        wins = [f"{100 * one['wins'][t]['rate']:.1f} ± {100 * one['wins'][t]['standard_error']:.1f}"
-                for t in ("0", "1", "best")]
-        gold = [one["gold"]["0"], one["gold"]["1"],
-                f"{one['gold']['best']:.3f} ({one['best_temperature']:g})"]
+        wins = [f"{100 * win['rate']:.1f} ± {100 * win['standard_error']:.1f}" if win else None
+                for win in (one["wins"].get(t) for t in ("0", "1", "best"))]
+        gold = [one["gold"].get("0"), one["gold"]["1"],
+                f"{one['gold']['best']:.3f} ({one['best_temperature']:g})"
+                if "best" in one["gold"] else None]
         cost = "" if one["seconds"] is None else f"{one['seconds']:.0f}"
         rows.append([name, *gold, *wins, *(one[key] for key in ("proxy", "kl", "length",
                                                                  "endless")), cost])

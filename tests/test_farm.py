@@ -189,7 +189,7 @@ def test_the_farm_learns_from_both_kinds_of_labels(farm, capsys):
         assert [one["score"] for one in gold["responses"]] == pytest.approx(
             gold_scores([prompt] * len(ended), ended), abs=1e-4)
     found = json.loads((home / "methods.json").read_text())
-    assert set(found["tables"]["noisy"]) == {"sft", "dpo", "slic"}
+    assert set(found["tables"]["noisy"]) == {"sft", "dpo", "slic", "best_of_16"}
     assert set(found["annotators"]) == {"all 13", "all 13, noisy", "one, 13 times",
                                         "one, 13 times, noisy"}
     assert (home / "methods.png").exists() and (home / "orders.png").exists()
