@@ -32,7 +32,7 @@ class Config(Flags):
     data: tuple = ()               # rankings; empty: rank/some.jsonl inside run
     init: str = ""                 # SFT checkpoint; empty: sft inside run
     out: str = ""                  # empty: systems/pro inside run
-    sft_coef: float = 0.05         # w, of the best response's log-probability
+    sft_coef: float = 0.5          # w, of the best response's log-probability
     epochs: int = 1
     lr: float = 1e-4               # peak; cosine to a tenth
     warmup: int = 20               # steps

@@ -34,7 +34,7 @@ class Config(Flags):
     data: tuple = ()               # rankings; empty: rank/some.jsonl inside run
     init: str = ""                 # SFT checkpoint; empty: sft inside run
     out: str = ""                  # empty: systems/rrhf inside run
-    sft_coef: float = 0.1          # w, weight of the best response's likelihood (paper: 1)
+    sft_coef: float = 1.0          # w, weight of the best response's likelihood (paper: 1)
     epochs: int = 1                # paper: 3
     lr: float = 1e-4               # peak; cosine to a tenth (paper: 2e-5 for 7 B parameters)
     warmup: int = 20               # steps
