@@ -17,7 +17,7 @@ from common.run import DeviceFlags, load_gpt, start, write_text
 from data.batches import read_prompt_rows
 from data.tinytown import rank
 from rollout import load_reward, respond
-from systems import conditional, expert_iteration, grpo, pro, rrhf, rso, slic
+from systems import conditional, expert_iteration, grpo, pro, rdpo, rrhf, rso, slic
 from systems.table import again
 
 
@@ -97,6 +97,7 @@ METHODS = {
     "dpo": direct(train_dpo.dpo_loss, beta=0.15),
     "ipo": direct(train_dpo.ipo_loss, beta=0.05),
     "cdpo": direct(train_dpo.dpo_loss, beta=0.15, label_smoothing=0.25),
+    "rdpo": direct(rdpo.rdpo_loss, beta=0.15, label_smoothing=0.25),
     "hinge": direct(rso.hinge_norm, beta=0.3),
     "slic": on_rankings(slic, lam=0.3), "slic_plain": on_rankings(slic, lam=0.0),
     "rrhf": on_rankings(rrhf), "pro": on_rankings(pro),
