@@ -22,7 +22,7 @@ lectures: .venv/ready
 	PYTHON=$(BIN)/python bash runs/lectures.sh
 
 test: .venv/test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: .venv/bench
 	$(BIN)/python -m bench.run
