@@ -54,7 +54,7 @@ class Config(Flags):
     quark: bool = False            # words for the quantiles of all scores, and the KL
     kl_coef: float = 0.05          # β of Quark (paper: 0.05)
     prompts: int = 500             # of rl.jsonl, to which Quark samples
-    samples: int = 16              # responses to each (paper: 25)
+    samples: int = 16              # responses to each (Quark: one a prompt and round)
     epochs: int = 4
     lr: float = 2e-3               # peak; cosine to a tenth (paper: 1e-5 for GPT-2 large)
     warmup: int = 20               # steps
@@ -82,7 +82,7 @@ def quantile_places(scores: Tensor, count: int) -> Tensor:
 
 
 def exact_kl(ref_logprobs: Tensor, logprobs: Tensor, mask: Tensor) -> Tensor:
-    """KL(π_ref ‖ π) at each token, not sampled but summed over the vocabulary (Quark, eq. 1):
+    """KL(π_ref ‖ π) at each token, not sampled but summed over the vocabulary (Quark's KL term):
 
         Σ_v π_ref(v) [log π_ref(v) − log π(v)]
 
@@ -160,7 +160,7 @@ def sampled(config: Config) -> Config:
 
 def train(config: Config) -> dict:
     """Train and save the policy. Returns means over the last steps; seconds include sampling."""
-    started, config = time.time(), sampled(config)
+    started, config = time.time(), replace(sampled(config), run="")   # --resume asks what changed
     run = start(config, LIMITS)
     policy, tokenizer = load_gpt(config.init)
     policy, pad, context = run.train(policy), tokenizer.pad, policy.config.block_size

@@ -4,12 +4,13 @@ imitates the winners that people chose.
     y* = argmax over n samples of π_k of r(x, y);   π_{k+1} = SFT of π_SFT on all (x, y*)
 
 Each round samples from the last policy, trains from the SFT model again with SFT's loss
-(→ train_sft.sft_loss), and takes prompts that neither evaluation nor another round asks. What it
-imitates is as over-optimised as best-of-n is: what the reward model is wrong about is selected.
+(→ train_sft.sft_loss), and takes the next part of rl.jsonl; evaluation asks none of its prompts,
+but a quarter of a round's stand in the round before, too. What it imitates is as over-optimised as
+best-of-n is: what the reward model is wrong about is selected.
 
-FeedME (OpenAI's text-davinci-001 and -002) is the same without a reward model: the best response
-of each ranking is a demonstration. One best of K by noisy labels is often not the best; a pairwise
-loss averages the noise out.
+FeedME is the same without a reward model: the best response of each ranking is a demonstration
+(OpenAI's text-davinci-001 and -002: human demonstrations, and samples rated 7 of 7). One best of K
+by noisy labels is often not the best; a pairwise loss averages the noise out.
 
 Differences from AlpacaFarm's: several rounds; the pretraining mix of stage 1 goes on.
 

@@ -75,8 +75,9 @@ def group_advantages(scores: Tensor, group: int) -> Tensor:
     """A_i = (r_i − mean of its group)/(std of its group + 1e-4) (Shao et al. 2024, 4.1.2). (B,)
 
     scores (B,): of whole responses, those to one prompt in a row, `group` to each. The std is of a
-    sample, over group − 1, as in TRL; the paper does not say. However bad a response, its advantage
-    is within ±(group − 1)/√group, 2.5 for 8. Equal scores give exactly 0: nothing to learn.
+    sample, over group − 1, and 1e-4 is added, as in TRL; the paper does not say. However bad a
+    response, its advantage is within ±(group − 1)/√group, 2.5 for 8. Equal scores give exactly 0:
+    nothing to learn.
     """
     scores = scores.view(-1, group)                                       # (prompts, group)
     scores = scores - scores[:, :1]    # else the mean of equal numbers, rounded, may differ

@@ -3,8 +3,9 @@
     R_bon(d) = d (α − β d)        best-of-n                                → fit
     R_rl(d) = d (α − β log d)     RL,  d = √KL(π ‖ π_SFT)                  → fit
 
-α is what the first step buys, β how soon the proxy misleads; R is the gain of gold over d = 0.
-Both are linear in α and β: least squares.
+R is the gain of gold over SFT's. Gold peaks at d = α/(2β) for best-of-n, at exp(α/β − 1) for RL,
+whose form does not hold near d = 0: its slope is infinite there. Both are linear in α and β: least
+squares.
 
 The question of AlpacaFarm's figure on label noise: does only the noisy reward model turn over? One
 pool of samples, four judges: learned from labels of which a quarter is flipped, from the same
@@ -13,7 +14,6 @@ PPO without KL penalty and mix against the first two. Last, what optimisation do
 
     python -m systems.over_optimisation --run out/tinytown
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import train_ppo
+from common.files import read_log
 from common.run import DeviceFlags, load_gpt, main, start, write_json
 from data.batches import read_prompt_rows
 from data.tinytown.report import load_pyplot, save_plot
@@ -50,20 +51,20 @@ class Config(DeviceFlags):
 LIMITS = dict(rankings=(2, 10**6), pool=(2, 10**4), prompts=(1, 10**6), steps=(5, 10**6))
 
 
-def fit(kl: list[float], gold: list[float], reinforced: bool) -> dict[str, float]:
+def fit(kl: list[float], gold: list[float], at_0: float, reinforced: bool) -> dict[str, float]:
     """α, β and R² of Gao et al.'s form by least squares: of RL if `reinforced`, else of best-of-n.
 
-    kl: nats. gold: mean gold score there; the first point, of the smallest KL, is where R = 0. A
-    negative β means that the curve has not begun to bend. Raises ValueError for under three points.
+    kl: nats. gold: mean gold score there. at_0: gold at no KL, where R = 0. A negative β means that
+    the curve has not begun to bend. Raises ValueError for under three points.
     """
     if len(kl) < 3:
         raise ValueError(f"two coefficients from {len(kl)} points")
     d = torch.tensor(kl, dtype=torch.float64).clamp(min=1e-12).sqrt()       # (N,)
-    gain = torch.tensor(gold, dtype=torch.float64) - gold[0]                # (N,)
+    gain = torch.tensor(gold, dtype=torch.float64) - at_0                   # (N,)
     columns = torch.stack([d, -d * (d.log() if reinforced else d)], dim=1)  # (N, 2)
     alpha, beta = torch.linalg.lstsq(columns, gain[:, None]).solution[:, 0].tolist()
     left = (gain - columns @ columns.new_tensor([alpha, beta])).square().sum()
-    return {"alpha": alpha, "beta": beta, "at_0": gold[0],
+    return {"alpha": alpha, "beta": beta, "at_0": at_0,
             "r2": 1 - (left / (gain - gain.mean()).square().sum()).item()}
 
 
@@ -72,10 +73,12 @@ def fitted(form: dict[str, float], d: Tensor, reinforced: bool) -> Tensor:
     return form["at_0"] + d * (form["alpha"] - form["beta"] * (d.log() if reinforced else d))
 
 
-def within_correlation(scores: Tensor, lengths: Tensor) -> float:
-    """Mean over prompts of the correlation between reward and length, (P, N) each; prompts whose
-    scores or lengths do not vary are left out."""
-    x, y = (z.double() - z.double().mean(1, keepdim=True) for z in (scores, lengths))
+def within_correlation(scores: Tensor, lengths: Tensor, mask: Tensor) -> float:
+    """Mean over prompts of the correlation between reward and length, (P, N) each, over responses
+    where mask is 1, those that ended; prompts whose scores or lengths do not vary are left out."""
+    count = mask.sum(1, keepdim=True).clamp(min=1)                          # (P, 1)
+    x, y = (torch.where(mask, z.double(), 0.0) for z in (scores, lengths))
+    x, y = (torch.where(mask, z - z.sum(1, keepdim=True) / count, 0.0) for z in (x, y))
     norm = x.norm(dim=1) * y.norm(dim=1)                                    # (P,)
     return ((x * y).sum(1)[norm > 0] / norm[norm > 0]).mean().item()
 
@@ -89,16 +92,15 @@ def best_of_n_curves(config: Config, home: Path) -> dict[str, list[dict]]:
     prompts = read_prompt_rows((str(folder / "data" / "test.jsonl"),), tokenizer, room)
     pool = sample_pool(policy, prompts[:config.prompts], config.pool, tokenizer, config)
     places = {judge: home / judge / "rm" for judge in JUDGES} | {"noisy, all": folder / "rm"}
+    ended = torch.tensor([one.ended for one in pool.responses]).view_as(pool.gold)
     found, correlations = {}, {}
     for judge, place in places.items():
         reward, _ = load_reward(str(place), tokenizer, run)
         proxy = pool_scores(pool, reward, config.missing_end_score)
         found[judge] = curve(pool, proxy)
-        ended = proxy > config.missing_end_score
-        correlations[judge] = within_correlation(
-            torch.where(ended, proxy, proxy.median()), pool.length)
-    return {"curves": found, "length_correlation": correlations
-            | {"the gold score": within_correlation(pool.gold, pool.length)}}
+        correlations[judge] = within_correlation(proxy, pool.length, ended)
+    correlations["the gold score"] = within_correlation(pool.gold, pool.length, ended)
+    return {"curves": found, "length_correlation": correlations}
 
 
 def reinforced_curves(config: Config, home: Path) -> dict[str, list[dict]]:
@@ -114,7 +116,7 @@ def reinforced_curves(config: Config, home: Path) -> dict[str, list[dict]]:
                 data=(f"{config.run}/data/rl.jsonl",), out=str(out), seed=config.seed,
                 **again(out)))
         found[judge] = ppo_curve(out, window=4)
-        lengths = [json.loads(line)["length"] for line in open(out / "metrics.jsonl")]
+        lengths = [row["length"] for row in read_log(out / "metrics.jsonl")]
         for point, place in zip(found[judge], range(0, len(lengths), 4)):
             point["length"] = sum(lengths[place:place + 4]) / len(lengths[place:place + 4])
     return found
@@ -126,18 +128,22 @@ def measure(config: Config) -> dict:
     for judge in JUDGES:
         prepare(config.run, judge, config.rankings, config.seed)
     found = best_of_n_curves(config, home) | {"ppo": reinforced_curves(config, home)}
-    found["fits"] = {
-        f"best-of-n, {judge}": fit([row["kl"] for row in rows], [row["gold"] for row in rows],
-                                   False) for judge, rows in found["curves"].items()}
-    found["fits"] |= {
-        f"PPO, {judge}": fit([row["kl"] for row in rows], [row["gold"] for row in rows], True)
-        for judge, rows in found["ppo"].items()}
+    found["fits"] = fits(found)
     write_json(home / "over_optimisation.json", found, indent=1)
     print(lines(found))
     if pyplot := load_pyplot():
         save_plot(plot(pyplot, found), home / "over_optimisation.png")
         pyplot.close("all")
     return found
+
+
+def fits(found: dict) -> dict[str, dict[str, float]]:
+    """Gao et al.'s forms, fitted to every curve; SFT's own gold is that of n = 1."""
+    at_0 = found["curves"]["noisy"][0]["gold"]
+    return {f"{way}, {judge}": fit([row["kl"] for row in rows], [row["gold"] for row in rows], at_0,
+                                   key == "ppo")
+            for way, key in (("best-of-n", "curves"), ("PPO", "ppo"))
+            for judge, rows in found[key].items()}
 
 
 def lines(found: dict) -> str:

@@ -3,8 +3,8 @@ best response's likelihood.
 
     s_i = log π(y_i|x) / |y_i|,   responses sorted best first
     L = −Σ_{k<n} log [ exp(s_k/T_k^k) / Σ_{i≥k} exp(s_i/T_k^i) ]     → pro_loss, plackett_luce_loss
+        − w · log π(y_best|x)
     1/T_k^i = r_k − r_i for i > k,   1/T_k^k = max_{i>k} (r_k − r_i)
-        + w · (−log π(y_best|x))
 
 Each factor asks: of what is left, which is best? Bradley–Terry is the case of two. The temperatures
 weigh a comparison by the difference of the scores, so scores must mean something: places of a

@@ -11,8 +11,9 @@ margin, which noise exploits. Let a share q of the labels be flipped and d = p_b
 noisy labels pull all responses to one and the same mean log-probability. (With a margin δ the
 minimum is at d = δ for q < ½.) So use it with a scorer that does not contradict itself.
 
-Differences from the paper: rankings of people too; the loss is a mean over rankings. Its code
-divides the SFT term by the padded length; here it is the sum that the paper writes.
+Differences from the paper: rankings of people too; the loss is a mean over rankings, each a sum
+over its pairs: 36 of nine responses, 6 of four. Its code divides the SFT term by the padded length;
+here it is the sum that the paper writes.
 
     python -m systems.rrhf --run out/tinytown
 """
@@ -47,7 +48,7 @@ LIMITS = dict(sft_coef=(0, 1000), epochs=(1, 1000))
 
 def rrhf_loss(logprobs: Tensor, lengths: Tensor, scores: Tensor,
               mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """RRHF (Yuan et al. 2023, eq. 2 and 3): (rank, sft), (B,) each, with p = logprobs/lengths,
+    """RRHF (Yuan et al. 2023, eq. 2 and 4): (rank, sft), (B,) each, with p = logprobs/lengths,
 
         rank = Σ_{r_i < r_j} max(0, p_i − p_j)        sft = −logprobs of the best response
 

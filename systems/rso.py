@@ -10,8 +10,9 @@ DPO assumes that its pairs come from the policy that it looks for; this makes it
 samples of π_SFT as they come, labelled by r (`sft_sampled`); DPO on people's rankings is the third
 source. β → 0 takes the best, β → ∞ any.
 
-Differences from the paper: T = 1 instead of 0.7 with top-k 40; what is taken is one ranking by r
-with all its pairs, instead of tournament pairs; β in standard deviations of the reward.
+Differences from the paper: T = 1 instead of 0.7 with top-k 40; all 28 pairs of the eight taken, by
+r, instead of four at random; β in standard deviations of the reward over all prompts (paper: 0.5,
+of logits), which within a prompt are less, so that it selects more mildly than it reads.
 
     python -m systems.rso --run out/tinytown
 """

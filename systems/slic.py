@@ -3,9 +3,9 @@
     L = max(0, δ − log π(y_w|x) + log π(y_l|x)) − λ log π(y*|x)            → slic_loss
 
 The first term wants the better response δ nats above the worse one; the second, the regularisation,
-keeps a target y* likely: here the best response of the ranking. Sums over tokens, so that nothing
-holds a response's length: with λ = 0 the cheapest way to widen the gap is to make every response
-unlikely, the worse one more so, and what is likely then is something else, longer, without an end.
+keeps a target y* likely: here the best response of the ranking. With λ = 0 only differences count:
+all responses of a ranking may become unlikely together, and probability goes to text that no
+ranking holds, longer, often without an end. (RSO's authors saw little of λ, from 0 to 500.)
 
 Differences from the paper: all C(K,2) pairs of a ranking in one step; its regularisation target is
 a demonstration or the best candidate, ours the latter.
@@ -32,7 +32,7 @@ class Config(Flags):
     init: str = ""                 # SFT checkpoint; empty: sft inside run
     out: str = ""                  # empty: systems/slic inside run
     delta: float = 1.0             # δ, nats (paper: 1)
-    lam: float = 0.3               # λ, weight of the target's likelihood (paper: 0.5 among others)
+    lam: float = 0.3               # λ, weight of the target's likelihood
     epochs: int = 1
     lr: float = 1e-4               # peak; cosine to a tenth
     warmup: int = 20               # steps
@@ -45,7 +45,7 @@ LIMITS = dict(delta=(0, 1000), lam=(0, 1000), epochs=(1, 1000))
 
 def slic_loss(chosen_logprobs: Tensor, rejected_logprobs: Tensor, target_logprobs: Tensor,
               delta: float = 1.0, lam: float = 0.5) -> Tensor:
-    """SLiC-HF (Zhao et al. 2023, eq. 1): max(0, δ − log π(y_w) + log π(y_l)) − λ log π(y*). (B,)
+    """SLiC-HF (Zhao et al. 2023, eq. 4): max(0, δ − log π(y_w) + log π(y_l)) − λ log π(y*). (B,)
 
     All three (B,): log-probabilities of whole responses, summed over tokens, end token included,
     in nats. A pair that is δ apart has no gradient of the first term. There is no reference: the

@@ -1,8 +1,9 @@
 """The table that every system here ends with: what a policy's answers are worth beside SFT's.
 
 Gold on the test prompts greedily, at T = 1 and at the policy's own best temperature (chosen on
-validation prompts); wins against SFT at the same temperatures; at T = 1 also the reward model's
-score, the KL from SFT in nats a response, the length in tokens and the share that never ends.
+validation prompts); wins against SFT at the same temperature, or each at its best; at T = 1 also
+the reward model's score, the KL from SFT in nats a response, the length in tokens and the share
+that never ends.
 """
 from dataclasses import replace
 from pathlib import Path

@@ -77,8 +77,8 @@ def test_only_methods_that_beat_sft_with_both_are_in_the_second_order():
                         "d": row(0.8)},
               "gold": {"sft": row(0.5), "a": row(0.7), "b": row(0.6), "c": row(0.3), "d": row(0.4)}}
     found = alpaca_farm.orders_agree(tables)["1"]
-    assert found["all"]["methods"] == 4 and found["better than SFT"]["methods"] == 2
-    assert found["better than SFT"]["rho"] == pytest.approx(-1)
+    assert found["all"]["methods"] == 4 and found["those better than SFT"]["methods"] == 2
+    assert found["those better than SFT"]["rho"] == pytest.approx(-1)
     # Places 1 2 0 3 against 3 2 0 1: 1 − 6 · 8/60.
     assert found["all"]["rho"] == pytest.approx(0.2)
 
@@ -86,11 +86,13 @@ def test_only_methods_that_beat_sft_with_both_are_in_the_second_order():
 # ----------------------------------------------------------------------------- Gao et al.'s forms
 
 @pytest.mark.parametrize("reinforced", [False, True])
-def test_the_fit_finds_the_coefficients_that_made_the_curve(reinforced):
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_fit_finds_the_coefficients_that_made_the_curve(reinforced, first):
+    """Where it begins at no KL, and where its first point has some."""
     kl = [0.0, 0.5, 1.0, 2.0, 4.0, 9.0, 16.0]
     d = [math.sqrt(x) for x in kl]
     gain = [0 if x == 0 else x * (0.4 - 0.1 * (math.log(x) if reinforced else x)) for x in d]
-    form = over_optimisation.fit(kl, [0.3 + x for x in gain], reinforced)
+    form = over_optimisation.fit(kl[first:], [0.3 + x for x in gain[first:]], 0.3, reinforced)
     assert form["alpha"] == pytest.approx(0.4, abs=1e-4)
     assert form["beta"] == pytest.approx(0.1, abs=1e-4)
     assert form["r2"] == pytest.approx(1) and form["at_0"] == 0.3
@@ -100,14 +102,22 @@ def test_the_fit_finds_the_coefficients_that_made_the_curve(reinforced):
 
 def test_the_fit_wants_three_points():
     with pytest.raises(ValueError):
-        over_optimisation.fit([0, 1], [0, 1], False)
+        over_optimisation.fit([0, 1], [0, 1], 0, False)
 
 
 def test_length_correlation_is_within_prompts():
     """Prompts of different lengths, whose rewards differ, are no correlation by themselves."""
     lengths = torch.tensor([[1., 2., 3.], [11., 12., 13.], [5., 5., 5.]])
     scores = torch.tensor([[3., 2., 1.], [30., 20., 10.], [1., 2., 3.]])
-    assert over_optimisation.within_correlation(scores, lengths) == pytest.approx(-1)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    assert over_optimisation.within_correlation(scores, lengths, mask) == pytest.approx(-1)
+    # One that never ended, longest and lowest, says nothing.
+    more = [torch.cat([x, torch.full((3, 1), value)], 1) for x, value in ((scores, -9.),
+                                                                          (lengths, 48.))]
+    mask = torch.tensor([[True, True, True, False]]).expand(3, 4)
+    more[0][:, 2] += 3 * (torch.arange(3) < 2)
+    ended = over_optimisation.within_correlation(more[0][:, :3], more[1][:, :3], mask[:, :3])
+    assert over_optimisation.within_correlation(*more, mask) == pytest.approx(ended)
 
 
 # ----------------------------------------------------------------------------- the commands
@@ -248,12 +258,12 @@ MUTANTS = [
      Edit("share == 0.5, 0.5,", "share > 2, 0.5,"),
      test_bias_and_variance_by_hand, test_a_split_majority_is_half_wrong),
     (over_optimisation, "fit", "over the KL, not its root", Edit(".clamp(min=1e-12).sqrt()", ""),
-     partial(test_the_fit_finds_the_coefficients_that_made_the_curve, False)),
+     partial(test_the_fit_finds_the_coefficients_that_made_the_curve, False, 1)),
     (over_optimisation, "fit", "forms exchanged", Edit("d.log() if reinforced else d",
                                                        "d if reinforced else d.log()"),
-     partial(test_the_fit_finds_the_coefficients_that_made_the_curve, True)),
+     partial(test_the_fit_finds_the_coefficients_that_made_the_curve, True, 1)),
     (over_optimisation, "within_correlation", "over all prompts at once",
-     Edit("z.double().mean(1, keepdim=True)", "z.double().mean()"),
+     Edit("z.sum(1, keepdim=True) / count", "z.sum() / count.sum()"),
      test_length_correlation_is_within_prompts)]
 
 
