@@ -1222,9 +1222,6 @@ MUTANTS = [
      test_rrhf_loss_by_hand, partial(OUTSIDE, "rrhf")),
     (rrhf, "rrhf_loss", "multiply instead of where",
      Edit("torch.where(mask, logprobs, 0.0)", "mask * logprobs"), partial(NAN_LEAKS, "rrhf")),
-    (rrhf, "rrhf_loss", "divided by the lengths of padding",
-     Edit("torch.where(mask, lengths, 1)", "lengths"),
-     partial(NAN_LEAKS, "rrhf")),
     (rrhf, "better_pairs", "ties broken by index", ties_broken_by_index,
      test_rrhf_loss_by_hand, DEFINITION["rrhf"]),
 

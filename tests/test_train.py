@@ -114,7 +114,7 @@ def test_micro_batches_change_memory_and_nothing_else(town, tmp_path):
 
 
 def test_reference_computed_after_training_is_refused(town, tmp_path, monkeypatch):
-    """Reference log-probabilities of any policy but the start break the log 2 of the first step."""
+    """Reference log-probabilities of any policy but the start are found at the first step."""
     right = train_dpo.set_reference
 
     def wrong(model, rows, *rest):
@@ -122,7 +122,7 @@ def test_reference_computed_after_training_is_refused(town, tmp_path, monkeypatc
         for row in rows:
             row.ref_logprobs = [2 * value for value in row.ref_logprobs]
     monkeypatch.setattr(train_dpo, "set_reference", wrong)
-    with pytest.raises(RuntimeError, match="log 2"):
+    with pytest.raises(RuntimeError, match="policy and reference"):
         train_dpo.train(train_dpo.Config(
             data=(str(town / "rank/rankings.jsonl"),), init=str(town / "sft"), out=str(tmp_path)))
 
