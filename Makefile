@@ -1,4 +1,4 @@
-# make run     the whole line on Tinytown, about ten minutes on two CPU cores;
+# make run     the whole line on Tinytown, about eight minutes on two CPU cores;
 #              SEED=2 OUT=out/tinytown-2 for another seed
 # make seeds   every claim on four seeds, with a larger base beside, over an hour
 # make lectures  after make run: the larger base, and doses of the KL penalty and of the mix
