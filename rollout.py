@@ -2,6 +2,7 @@
 
     respond              a response of a model to each prompt
     load_reward          what `--reward` names: a trained reward model or a Python function
+    ended_scores         rewards, and a score of its own for a response that never ends
     sequence_logprobs    log π(y|x) of whole responses
     kl_from_samples      KL(π‖π_ref) from π's own responses
     win_rate             how often one response scores higher than another to the same prompt
@@ -180,6 +181,18 @@ def load_reward(name, policy: Tokenizer, run) -> tuple[Reward, RewardModel | Non
                          f"of --init writes {policy.name}; train the reward model from the same "
                          f"SFT model")
     return model_reward(run.freeze(model), tokenizer, policy), model
+
+
+def ended_scores(reward: Reward, prompts: list[Prompt], responses: list[Response],
+                 missing_end_score: float) -> list[float]:
+    """Scores of responses; one that never ended gets missing_end_score, unread."""
+    scores = [missing_end_score] * len(responses)
+    ended = [i for i, response in enumerate(responses) if response.ended]
+    if ended:
+        found = reward([prompts[i] for i in ended], [responses[i] for i in ended])
+        for i, score in zip(ended, found, strict=True):
+            scores[i] = score
+    return scores
 
 
 # ----------------------------------------------------------------------------- log π and KL

@@ -35,7 +35,7 @@ from data.batches import Prompt, pad_rows, read_prompt_rows, response_row
 from data.text import mix_stream
 from kernels import masked_mean
 from model import GPT, RewardModel, before
-from rollout import Response, load_reward
+from rollout import Response, ended_scores, load_reward
 from train_base import pretraining_loss
 
 
@@ -282,7 +282,8 @@ def rollout(run, policy: GPT, ref_policy: GPT, value_model: RewardModel, reward,
                                   temperature=config.temperature, stop_token=tokenizer.end,
                                   uniforms=uniforms)
         responses = [Response(ids, *tokenizer.response_text(ids)) for ids in sampled]
-        return list(zip(responses, ended_scores(reward, prompts, responses, config)))
+        return list(zip(responses, ended_scores(
+            reward, prompts, responses, config.missing_end_score)))
 
     answers = run.map(answer, prompts, uniforms.to(run.device), model=policy)
     episodes = [Episode(prompt, *found, row)
@@ -301,18 +302,6 @@ def rollout(run, policy: GPT, ref_policy: GPT, value_model: RewardModel, reward,
                 x.tokens, x.mask, config.temperature)
             batch.values[at] = state_values(value_model, x.tokens, x.mask)
     return Rollout(episodes, scores, tokens, mask, *run.sum(numbers))
-
-
-def ended_scores(reward, prompts: list[Prompt], responses: list[Response],
-                 config: Config) -> list[float]:
-    """Scores of responses; one that never ended gets config.missing_end_score, unread."""
-    scores = [config.missing_end_score] * len(responses)
-    ended = [i for i, response in enumerate(responses) if response.ended]
-    if ended:
-        found = reward([prompts[i] for i in ended], [responses[i] for i in ended])
-        for i, score in zip(ended, found, strict=True):
-            scores[i] = score
-    return scores
 
 
 def state_values(value_model: RewardModel, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 # What the slides claim beyond the line itself, on the run that `make run` left in OUT: every other
 # way to learn from feedback, on noisy labels and on gold ones; over-optimisation; a larger base,
 # prompted, against the small PPO model; PPO at four doses of the KL penalty and of the pretraining
-# mix. What `make lectures` runs; what is there already is left alone.
+# mix. What `make lectures` runs; methods that are done are left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . runs/stage.sh

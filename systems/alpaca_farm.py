@@ -15,7 +15,7 @@ the majority; `noisy_labels` is used there alone, the rankings have flips of the
 is compared with other samples of SFT than the rest, and its proxy is its own reward model's.
 
     python -m systems.alpaca_farm --run out/tinytown               # both kinds of labels, then all
-    python -m systems.alpaca_farm --run out/tinytown --only dpo,ipo
+    python -m systems.alpaca_farm --run out/tinytown --only dpo ipo
     python -m systems.alpaca_farm --seeds out/seeds/1 out/seeds/2  # medians of finished runs
 """
 import json
@@ -44,7 +44,7 @@ KINDS = ("noisy", "gold")
 class Config(DeviceFlags):
     run: str = "out/tinytown"      # Tinytown run: its sft, rankings and prompts are read
     labels: tuple = KINDS          # noisy, gold, or both; with both the comparison follows
-    only: str = ""                 # these methods alone, with commas between
+    only: tuple = ()               # these methods alone; empty: all
     rankings: int = 2000           # for each method and each reward model
     seeds: tuple = ()              # print medians over these finished runs, train nothing
 
@@ -91,7 +91,7 @@ def bias_and_variance(votes: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def run_methods(config: Config, kind: str) -> dict[str, dict]:
     """Train every method on one kind of labels, those that are done left alone; then the table."""
-    names = config.only.split(",") if config.only else list(METHODS)
+    names = list(config.only or METHODS)
     for name in names:
         if name not in METHODS:
             raise InputError(f"--only {name}: expected some of {', '.join(METHODS)}")

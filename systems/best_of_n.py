@@ -28,7 +28,8 @@ from data.tinytown.gold import gold_scores
 from data.tinytown.report import markdown
 from data.tokenizer import Tokenizer
 from model import GPT
-from rollout import Response, Reward, load_reward, respond, sequence_logprobs, win_rate
+from rollout import (Response, Reward, ended_scores, load_reward, respond, sequence_logprobs,
+                     win_rate)
 
 
 @dataclass(slots=True)
@@ -137,13 +138,6 @@ def seed_of(seed: int, title: str) -> int:
     return zlib.crc32(f"{seed} {title}".encode())
 
 
-def scores(reward: Reward, prompts: list[Prompt], responses: list[Response],
-           missing_end_score: float) -> Tensor:
-    """The reward of each response, (n,), or missing_end_score for one that never ends."""
-    ended = torch.tensor([response.ended for response in responses])
-    return torch.tensor(reward(prompts, responses)).where(ended, missing_end_score)
-
-
 def best_of_n(policy: GPT, reward: Reward, prompts: list[Prompt], tokenizer: Tokenizer,
               config) -> Chosen:
     """Choose, and measure the KL on some of the prompts. config: of this file, or one with its n,
@@ -151,14 +145,15 @@ def best_of_n(policy: GPT, reward: Reward, prompts: list[Prompt], tokenizer: Tok
     n = config.n
     pool = several(policy, prompts, n, tokenizer, f"best of {n}", config)
     asked = [prompt for prompt in prompts for _ in range(n)]
-    chosen, highest = choose(pool, scores(reward, asked, pool, config.missing_end_score), n)
+    proxy = torch.tensor(ended_scores(reward, asked, pool, config.missing_end_score))
+    chosen, highest = choose(pool, proxy, n)
 
     count = min(config.kl_prompts, len(prompts))
     some = random.Random(config.seed).sample(range(len(prompts)), count)
     few = [prompts[i] for i in some]
     others = several(policy, few, config.kl_samples, tokenizer, "kl", config)
     asked = [prompt for prompt in few for _ in range(config.kl_samples)]
-    other_proxy = scores(reward, asked, others, config.missing_end_score)
+    other_proxy = torch.tensor(ended_scores(reward, asked, others, config.missing_end_score))
     other_proxy = other_proxy.view(len(some), -1)                                   # (S, m)
     # A response that was drawn twice is scored twice, to the last digit or not.
     below = (other_proxy < highest[some][:, None] - 1e-5).double().mean(-1)
@@ -188,7 +183,8 @@ def pool_scores(pool: Pool, reward: Reward, missing_end_score: float) -> Tensor:
     """A reward model's scores of the pool, (P, N)."""
     count = pool.gold.shape[1]
     asked = [prompt for prompt in pool.prompts for _ in range(count)]
-    return scores(reward, asked, pool.responses, missing_end_score).view(-1, count)
+    found = ended_scores(reward, asked, pool.responses, missing_end_score)
+    return torch.tensor(found).view(-1, count)
 
 
 def curve(pool: Pool, proxy: Tensor) -> list[dict[str, float]]:
@@ -201,17 +197,24 @@ def curve(pool: Pool, proxy: Tensor) -> list[dict[str, float]]:
                      "gold": gold.mean(), "error": gold.std() / math.sqrt(len(gold)),
                      "length": best_of_n_mean(proxy, pool.length, n).mean()})
         n *= 2
-    return [{name: float(value) for name, value in row.items()} for row in rows]
+    return [{name: value if name == "n" else float(value) for name, value in row.items()}
+            for row in rows]
 
 
-def curves(config: Config) -> dict[str, list[dict[str, float]]]:
-    """The curve by the reward model, by gold itself and by chance; prints a table."""
+def loaded(config: Config) -> tuple[GPT, Tokenizer, Reward, list[Prompt]]:
+    """The SFT model of a run, its tokenizer, a reward model and the test prompts."""
     run, folder = start(config, LIMITS), Path(config.run)
     policy, tokenizer = load_gpt(str(folder / "sft"))
     policy = run.freeze(policy)
     reward, _ = load_reward(config.reward or str(folder / "rm"), tokenizer, run)
     prompts = read_prompt_rows((config.data or str(folder / "data" / "test.jsonl"),), tokenizer,
                                policy.config.block_size - config.max_new_tokens)
+    return policy, tokenizer, reward, prompts
+
+
+def curves(config: Config) -> dict[str, list[dict[str, float]]]:
+    """The curve by the reward model, by gold itself and by chance; prints a table."""
+    policy, tokenizer, reward, prompts = loaded(config)
     pool = sample_pool(policy, prompts[:config.curve_prompts], config.pool, tokenizer, config)
     chance = torch.rand(pool.gold.shape, generator=torch.Generator().manual_seed(config.seed))
     found = {"reward model": curve(pool, pool_scores(pool, reward, config.missing_end_score)),
@@ -236,12 +239,7 @@ def curve_table(found: dict[str, list[dict[str, float]]]) -> str:
 
 def measure(config: Config) -> dict[str, float]:
     """Print and return what choosing among n responses of the SFT model buys, by the gold score."""
-    run, folder = start(config, LIMITS), Path(config.run)
-    policy, tokenizer = load_gpt(str(folder / "sft"))
-    policy = run.freeze(policy)
-    reward, _ = load_reward(config.reward or str(folder / "rm"), tokenizer, run)
-    prompts = read_prompt_rows((config.data or str(folder / "data" / "test.jsonl"),), tokenizer,
-                               policy.config.block_size - config.max_new_tokens)
+    policy, tokenizer, reward, prompts = loaded(config)
     chosen, kl = best_of_n(policy, reward, prompts, tokenizer, config)
     opponents = several(policy, prompts, config.opponents, tokenizer, "opponents", config)
     repeated = [prompt for prompt in prompts for _ in range(config.opponents)]

@@ -21,11 +21,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import train_sft
 from common.run import DeviceFlags, load_gpt, main, start, write_json, write_text
 from data.batches import Prompt, read_prompt_rows
-from rollout import Response, load_reward
-from systems.best_of_n import choose, scores, several
+from rollout import Response, ended_scores, load_reward
+from systems.best_of_n import choose, several
 from systems.table import again, compare
 
 
@@ -55,8 +57,8 @@ def winners(policy: str, prompts: list[Prompt], config: Config, title: str) -> l
     reward, _ = load_reward(config.reward or f"{config.run}/rm", tokenizer, run)
     pool = several(model, prompts, config.n, tokenizer, title, config)
     asked = [prompt for prompt in prompts for _ in range(config.n)]
-    chosen, _ = choose(pool, scores(reward, asked, pool, config.missing_end_score), config.n)
-    return chosen
+    scores = torch.tensor(ended_scores(reward, asked, pool, config.missing_end_score))
+    return choose(pool, scores, config.n)[0]
 
 
 def imitate(demonstrations: str, out: str, config: Config) -> dict:

@@ -34,9 +34,9 @@ from data.tinytown.report import load_pyplot, save_plot
 from evaluate import over_optimisation
 from kernels import masked_mean
 from model import GPT
-from rollout import Response, Reward, load_reward
+from rollout import Response, Reward, ended_scores, load_reward
 from systems.table import measured
-from train_ppo import Episode, check_ratio, clip_fraction, ended_scores, kl_estimates, pick
+from train_ppo import Episode, check_ratio, clip_fraction, kl_estimates, pick
 
 
 @dataclass(slots=True)
@@ -119,7 +119,8 @@ def rollout(run, policy: GPT, reward: Reward, prompts: list[Prompt],
         sampled = policy.generate([prompt.ids for prompt in asked], config.max_new_tokens,
                                   stop_token=run.tokenizer.end, uniforms=uniforms)
         responses = [Response(ids, *run.tokenizer.response_text(ids)) for ids in sampled]
-        return list(zip(responses, ended_scores(reward, asked, responses, config)))
+        return list(zip(responses, ended_scores(
+            reward, asked, responses, config.missing_end_score)))
 
     answers = run.map(answer, asked, uniforms.to(run.device), model=policy)
     run.append("rollouts", [

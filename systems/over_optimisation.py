@@ -48,7 +48,7 @@ class Config(DeviceFlags):
     max_new_tokens: int = 48
 
 
-LIMITS = dict(rankings=(2, 10**6), pool=(2, 10**4), prompts=(1, 10**6), steps=(5, 10**6))
+LIMITS = dict(rankings=(2, 10**6), pool=(2, 1000), prompts=(1, 10**6), steps=(5, 10**6))
 
 
 def fit(kl: list[float], gold: list[float], at_0: float, reinforced: bool) -> dict[str, float]:
@@ -182,9 +182,10 @@ def plot(pyplot, found: dict):
             form = found["fits"][f"{'PPO' if reinforced else 'best-of-n'}, {judge}"]
             x = torch.linspace(1e-3, max(d), 100, dtype=torch.float64)
             axis.plot(x, fitted(form, x, reinforced), color=COLORS[judge])
-            low, high = rows[0]["proxy"], rows[-1]["proxy"]
-            axis.plot(d, [form["at_0"] + 0.5 * (row["proxy"] - low) / (high - low) for row in rows],
-                      "--", color=COLORS[judge], linewidth=0.8)
+            low = rows[0]["proxy"]
+            half = 2 * (rows[-1]["proxy"] - low) or 1.0
+            axis.plot(d, [form["at_0"] + (row["proxy"] - low) / half for row in rows], "--",
+                      color=COLORS[judge], linewidth=0.8)
         axis.set(xlabel="√KL from SFT, √nats (best-of-n: its bound)", ylim=(0, 1))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

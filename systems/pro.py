@@ -24,6 +24,7 @@ from common.run import Flags, adamw, learning_rate, load_gpt, main, start
 from data.batches import buckets, ranking_batch, read_untied
 from systems.table import measured
 from train_dpo import response_logprobs
+from train_rm import better_pairs
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ def pro_loss(logprobs: Tensor, lengths: Tensor, scores: Tensor,
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.bool()
     logprobs = torch.where(mask, logprobs, 0.0)                             # (B, K)
     s = logprobs / torch.where(mask, lengths, 1)                            # (B, K)
-    worse = (scores[:, :, None] > scores[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    worse = better_pairs(scores, mask)                                      # (B, k, i)
     rates = torch.where(worse, scores[:, :, None] - scores[:, None, :], 0.0)    # (B, k, i)  1/T
     rank = plackett_luce_loss(s, rates, worse)                              # (B,)
     best = torch.where(mask, scores, -torch.inf).argmax(1, keepdim=True)    # (B, 1)

@@ -32,8 +32,8 @@ import train_dpo
 from common.run import DeviceFlags, load_gpt, main, start, write_json, write_text
 from data.batches import Prompt, read_prompt_rows
 from data.tinytown.rank import ranking_line
-from rollout import Response, load_reward
-from systems.best_of_n import scores, several
+from rollout import Response, ended_scores, load_reward
+from systems.best_of_n import several
 from systems.table import again, compare
 
 
@@ -125,7 +125,7 @@ def sample_pool(config: Config) -> Pool:
     prompts = read_prompt_rows((f"{config.run}/data/rl.jsonl",), tokenizer, room)[:config.prompts]
     flat = several(policy, prompts, config.samples, tokenizer, "pool", config)
     asked = [prompt for prompt in prompts for _ in range(config.samples)]
-    found = scores(reward, asked, flat, config.missing_end_score)
+    found = torch.tensor(ended_scores(reward, asked, flat, config.missing_end_score))
     return Pool(prompts, [flat[i:i + config.samples] for i in range(0, len(flat), config.samples)],
                 found.view(len(prompts), -1))
 

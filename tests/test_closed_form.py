@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+import rollout
 import train_dpo
 import train_ppo
 from common import run as door
@@ -188,6 +189,8 @@ def test_best_of_n_kl_of_a_response_far_less_likely_than_the_others():
 
 def test_what_never_ends_is_not_chosen():
     responses = [Response([1], "short", True), Response([1], "endless", False)]
-    scored = best_of_n.scores(lambda prompts, responses: [0.5, 9.0], [None, None], responses, -3.0)
+    scored = torch.tensor(rollout.ended_scores(
+        lambda prompts, responses: [{"short": 0.5, "endless": 9.0}[one.text] for one in responses],
+        [None, None], responses, -3.0))
     assert scored.tolist() == [0.5, -3.0]
     assert best_of_n.choose(responses, scored, 2)[0] == responses[:1]

@@ -619,16 +619,20 @@ def fails(test: Callable) -> bool:
     return False
 
 
-@pytest.mark.parametrize("where, name, mistake, mutant, tests",
-                         [(*row[:4], row[4:]) for row in MUTANTS],
-                         ids=[f"{row[1]}: {row[2]}" for row in MUTANTS])
-def test_a_classic_wrong_answer_is_caught(monkeypatch, where, name, mistake, mutant, tests):
+def check_caught(monkeypatch, where, name: str, mistake: str, mutant, tests) -> None:
+    """The tests pass with the right function and fail with the mutant in its place."""
     wrong = mutant.of(getattr(where, name)) if isinstance(mutant, Edit) else mutant
-    # They pass with the right function.
     assert tests and [title(test) for test in tests if fails(test)] == []
     monkeypatch.setattr(where, name, wrong)
     survived = [title(test) for test in tests if not fails(test)]
     assert not survived, f"{name} with {mistake} passes {', '.join(survived)}"
+
+
+@pytest.mark.parametrize("where, name, mistake, mutant, tests",
+                         [(*row[:4], row[4:]) for row in MUTANTS],
+                         ids=[f"{row[1]}: {row[2]}" for row in MUTANTS])
+def test_a_classic_wrong_answer_is_caught(monkeypatch, where, name, mistake, mutant, tests):
+    check_caught(monkeypatch, where, name, mistake, mutant, tests)
 
 
 def test_every_equation_has_a_mutant():

@@ -20,7 +20,7 @@ from data.readers import read_rankings
 from data.tinytown.annotators import rank_responses
 from data.tinytown.gold import gold_score
 from data.tokenizer import Tokenizer
-from rollout import Response, load_reward, respond
+from rollout import Response, ended_scores, load_reward, respond
 
 
 @dataclass(slots=True)
@@ -91,8 +91,7 @@ def collect(config: Config) -> dict:
     everything = [response for _, responses in answered for response in responses]
     if config.reward:
         reward, _ = load_reward(config.reward, tokenizer, run)
-        scores = iter(score if response.ended else config.missing_end_score
-                      for score, response in zip(reward(asked, everything), everything))
+        scores = iter(ended_scores(reward, asked, everything, config.missing_end_score))
     noisy, clean, pairs = [], [], 0
     for (messages, _), responses in answered:
         texts, ended = zip(*((response.text, response.ended) for response in responses))
