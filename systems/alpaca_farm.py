@@ -95,7 +95,7 @@ def run_methods(config: Config, kind: str) -> dict[str, dict]:
     for name in names:
         if name not in METHODS:
             raise InputError(f"--only {name}: expected some of {', '.join(METHODS)}")
-    at = prepare(config.run, kind, config.rankings, config.seed)
+    at = prepare(config, kind)
     path, shown = (Path(at.folder) / name for name in ("seconds.json", "table.json"))
     done = json.loads(path.read_text()) if path.exists() else {}    # method → policy → seconds
     left = [name for name in names if name not in done]
@@ -111,7 +111,7 @@ def run_methods(config: Config, kind: str) -> dict[str, dict]:
     policies = {name: Policy(load_gpt(f"{at.folder}/{name}")[0], system=ASKED_FOR.get(name, ""))
                 for name in spent}
     print(f"{kind} labels, {config.rankings} rankings; one reward spread is {at.spread:.2f}")
-    found = compare(config.run, policies, spent, config.seed)
+    found = compare(config, policies, spent)
     found["best_of_16"] = best_of_16(at)
     write_json(shown, found, indent=1)
     return found
@@ -119,7 +119,7 @@ def run_methods(config: Config, kind: str) -> dict[str, dict]:
 
 def best_of_16(at: Labels) -> dict:
     """The row of a choice without training, at T = 1 alone."""
-    one = best_of_n.measure(best_of_n.Config(run=at.run, reward=f"{at.folder}/rm", seed=at.seed))
+    one = best_of_n.measure(best_of_n.Config(run=at.run, reward=f"{at.folder}/rm", **at.machine))
     win = {"rate": one["win_rate"], "standard_error": one["standard_error"]}
     return rounded({"gold": {"1": one["gold"]}, "wins": {"1": win}, "proxy": one["proxy"],
                     "kl": one["kl"], "length": one["length"], "endless": None, "seconds": None})

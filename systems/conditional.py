@@ -200,7 +200,7 @@ def compared(config: Config) -> dict[str, dict]:
     policy, words = load_gpt(config.out)[0], QUANTILES if config.quark else BINARY
     policies = {f"{name}_{asked}": Policy(policy, system=word) for asked, word in (
         ("good", words[-1]), ("none", ""), ("bad", words[0]))}
-    found = compare(config.run, policies, {f"{name}_good": time.time() - started}, config.seed)
+    found = compare(config, policies, {f"{name}_good": time.time() - started})
     write_json(Path(config.out) / "table.json", found, indent=1)
     return found
 

@@ -4,9 +4,9 @@ imitates the winners that people chose.
     y* = argmax over n samples of π_k of r(x, y);   π_{k+1} = SFT of π_SFT on all (x, y*)
 
 Each round samples from the last policy, trains from the SFT model again with SFT's loss
-(→ train_sft.sft_loss), and takes the next part of rl.jsonl; evaluation asks none of its prompts,
-but a quarter of a round's stand in the round before, too. What it imitates is as over-optimised as
-best-of-n is: what the reward model is wrong about is selected.
+(→ train_sft.sft_loss), and takes the next part of rl.jsonl, each prompt once; evaluation asks none
+of its prompts. What it imitates is as over-optimised as best-of-n is: what the reward model is
+wrong about is selected.
 
 FeedME is the same without a reward model: the best response of each ranking is a demonstration
 (OpenAI's text-davinci-001 and -002: human demonstrations, and samples rated 7 of 7). One best of K
@@ -66,7 +66,7 @@ def imitate(demonstrations: str, out: str, config: Config) -> dict:
     return train_sft.train(train_sft.Config(
         data=(demonstrations,), init=f"{config.run}/sft", out=out, seed=config.seed,
         val=f"{config.run}/data/sft_val.jsonl", ptx_data=(f"{config.run}/data/base.txt",),
-        epochs=config.epochs, lr=config.lr, **again(out)))
+        device=config.device, dtype=config.dtype, epochs=config.epochs, lr=config.lr, **again(out)))
 
 
 def expert_iteration(config: Config) -> dict[str, float]:
@@ -76,6 +76,7 @@ def expert_iteration(config: Config) -> dict[str, float]:
     model, tokenizer = load_gpt(policy)
     room = model.config.block_size - config.max_new_tokens
     prompts = read_prompt_rows((f"{config.run}/data/rl.jsonl",), tokenizer, room)
+    prompts = list({tuple(prompt.ids): prompt for prompt in prompts}.values())
     for k in range(1, config.rounds + 1):
         some = prompts[(k - 1) * config.prompts:k * config.prompts]
         rows = [prompt.messages + [{"role": "assistant", "content": winner.text}]
@@ -100,8 +101,8 @@ def compared(config: Config) -> None:
     """Both, and the table."""
     seconds = expert_iteration(config) | feedme(config)
     policies = {Path(folder).name: folder for folder in seconds}
-    found = compare(config.run, policies, {Path(folder).name: spent
-                                           for folder, spent in seconds.items()}, config.seed)
+    found = compare(config, policies, {Path(folder).name: spent
+                                       for folder, spent in seconds.items()})
     home = Path(config.out or f"{config.run}/systems/expert")
     write_json(home / "table.json", found, indent=1)
 

@@ -15,7 +15,8 @@ a long wrong answer is discouraged less than a short one.
 
 Differences from the paper: (1) a reward for whole responses alone, none for steps of reasoning; (2)
 one round, where the paper renews reward model and reference; (3) two updates a rollout instead of
-one: in the second, ρ is no longer 1; (4) a response that never ends has a fixed score.
+one: in the second, ρ is no longer 1; (4) a response that never ends has a fixed score with a reward
+model.
 
     python -m systems.grpo --run out/tinytown
     python -m systems.grpo --run out/tinytown --verifier
@@ -119,8 +120,10 @@ def rollout(run, policy: GPT, reward: Reward, prompts: list[Prompt],
         sampled = policy.generate([prompt.ids for prompt in asked], config.max_new_tokens,
                                   stop_token=run.tokenizer.end, uniforms=uniforms)
         responses = [Response(ids, *run.tokenizer.response_text(ids)) for ids in sampled]
-        return list(zip(responses, ended_scores(
-            reward, asked, responses, config.missing_end_score)))
+        # The gold score knows what never ended.
+        scores = (reward(asked, responses) if config.verifier
+                  else ended_scores(reward, asked, responses, config.missing_end_score))
+        return list(zip(responses, scores))
 
     answers = run.map(answer, asked, uniforms.to(run.device), model=policy)
     run.append("rollouts", [

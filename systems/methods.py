@@ -4,11 +4,13 @@ A folder of labels holds `rankings.jsonl` and the reward model `rm` that learned
 is a function of it and of a name; it trains into folders inside and returns what each took, in
 seconds. A further method takes a file of its own in systems/ and a line in METHODS.
 
-What is equal: the rankings, of which methods in DPO's loop hold out every tenth, and the SFT model.
-What is not: sampled prompts and responses (RSO 500 × 64, Quark 500 × 16, experts 1,000 × 16 a
-round, PPO and GRPO 56 × 64), and updates. Gold labels are values, annotators' are places: PRO and
-the reward's spread notice. ε = ¼ of cDPO and rDPO is right for noisy labels alone.
+What is equal: the rankings and the SFT model; labels of all kinds are places, not values. What is
+not: sampled prompts and responses (RSO 1,000 × 32, Quark 500 × 16, experts 1,000 × 16 a round, PPO
+and GRPO 56 × 64), and updates (about 125 on rankings and RSO's pairs, 112 of PPO and GRPO). ε = ¼
+of cDPO and rDPO is right for noisy labels alone.
 """
+import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +20,7 @@ import torch
 import train_dpo
 import train_ppo
 import train_rm
-from common.run import DeviceFlags, load_gpt, start, write_text
+from common.run import DeviceFlags, InputError, load_gpt, start, write_text
 from data.batches import read_prompt_rows
 from data.tinytown import rank
 from rollout import load_reward, respond
@@ -31,24 +33,25 @@ class Labels(NamedTuple):
     run: str                       # of Tinytown
     folder: str                    # holds rankings.jsonl, rm, and the methods' folders
     spread: float                  # standard deviation of rm's scores over samples of SFT
-    seed: int
+    machine: dict                  # seed, device, dtype
 
     def flags(self, name: str) -> dict:
         """What all training scripts are told."""
         out = f"{self.folder}/{name}"
-        return dict(init=f"{self.run}/sft", out=out, seed=self.seed, **again(out))
+        return dict(init=f"{self.run}/sft", out=out, **self.machine, **again(out))
 
     def sampling(self, name: str) -> dict:
         """What pipelines are told that sample and ask the reward model."""
         return dict(run=self.run, reward=f"{self.folder}/rm", out=f"{self.folder}/{name}",
-                    seed=self.seed)
+                    **self.machine)
 
 
 def direct(pair_loss: Callable, **flags) -> Callable:
     """DPO's loop with a loss on pairs."""
     def method(at: Labels, name: str) -> dict[str, float]:
         config = train_dpo.Config(data=(f"{at.folder}/rankings.jsonl",), batch_size=16,
-                                  **at.flags(name), **flags)
+                                  val=f"{at.run}/rank_val/rankings.jsonl", **at.flags(name),
+                                  **flags)
         return {name: train_dpo.train(config, pair_loss)["seconds"]}
     return method
 
@@ -114,33 +117,52 @@ ASKED_FOR = {"conditional": conditional.BINARY[-1], "quark": conditional.QUANTIL
 
 # ----------------------------------------------------------------------------- a kind of labels
 
-def prepare(run: str, kind: str, count: int, seed: int) -> Labels:
+def prepare(config, kind: str) -> Labels:
     """The first rankings of a run with one kind of labels, and their reward model; nothing anew
-    that is there. kind: noisy, gold, or careful, the annotators without a flip."""
+    that is there. config: with run, rankings and DeviceFlags. kind: noisy, gold, or careful, the
+    annotators without a flip. InputError if what is there comes of another SFT model."""
+    run, machine = config.run, dict(seed=config.seed, device=config.device, dtype=config.dtype)
     folder = Path(run) / "lectures" / kind
     rankings, labels = folder / "rankings.jsonl", folder / "labels"
+    mark, sft = labels / "sft.txt", str(zlib.crc32((Path(run) / "sft" / "model.pt").read_bytes()))
+    if rankings.exists() and (mark.read_text() if mark.exists() else "") != sft:
+        raise InputError(f"{folder}: made from another SFT model than {run}/sft; remove that "
+                         f"folder, or name another run")
     if not rankings.exists():
-        first = (Path(run) / "rank" / "rankings.jsonl").read_text().splitlines(True)[:count]
-        write_text(labels / "noisy.jsonl", "".join(first))
+        first = (Path(run) / "rank" / "rankings.jsonl").read_text().splitlines(True)
+        write_text(labels / "noisy.jsonl", "".join(first[:config.rankings]))
         rank.collect(rank.Config(data=(str(labels / "noisy.jsonl"),), init=f"{run}/sft",
-                                 out=str(labels), given=True, clean=True, flip=0.0, seed=seed))
+                                 out=str(labels), given=True, clean=True, flip=0.0, **machine))
         names = {"noisy": "noisy", "careful": "rankings", "gold": "clean"}
-        write_text(rankings, (labels / f"{names[kind]}.jsonl").read_text())
+        write_text(mark, sft)
+        write_text(rankings, places(labels / f"{names[kind]}.jsonl"))
     if not (folder / "rm" / "final.json").exists():
         train_rm.train(train_rm.Config(
             **train_rm.PRESETS["tinytown"], data=(str(rankings),), init=f"{run}/sft",
-            val=f"{run}/rank_val/rankings.jsonl", seed=seed,
-            clean=f"{run}/rank_val/clean.jsonl", out=str(folder / "rm"),
-            demonstrations=f"{run}/data/sft_val.jsonl", **again(folder / "rm")))
-    return Labels(run, str(folder), spread(run, str(folder / "rm"), seed), seed)
+            val=f"{run}/rank_val/rankings.jsonl", clean=f"{run}/rank_val/clean.jsonl",
+            demonstrations=f"{run}/data/sft_val.jsonl", out=str(folder / "rm"), **machine,
+            **again(folder / "rm")))
+    return Labels(run, str(folder), spread(run, str(folder / "rm"), machine), machine)
 
 
-def spread(home: str, rm: str, seed: int) -> float:
+def places(path: Path) -> str:
+    """The rankings of a file with places for scores: 0 the worst, equal scores one place."""
+    lines = []
+    for line in path.read_text().splitlines():
+        ranking = json.loads(line)
+        order = sorted({row["score"] for row in ranking["responses"]})
+        for row in ranking["responses"]:
+            row["score"] = order.index(row["score"])
+        lines.append(json.dumps(ranking) + "\n")
+    return "".join(lines)
+
+
+def spread(home: str, rm: str, machine: dict) -> float:
     """Standard deviation of a reward model's scores over samples of SFT to validation prompts."""
-    run = start(DeviceFlags(seed=seed))
+    run = start(DeviceFlags(**machine))
     policy, tokenizer = load_gpt(f"{home}/sft")
     policy = run.freeze(policy)
     reward, _ = load_reward(rm, tokenizer, run)
     asked = read_prompt_rows((f"{home}/data/rank_val.jsonl",), tokenizer, 80)
-    responses = respond(policy, asked, tokenizer, 48, seed=seed)
+    responses = respond(policy, asked, tokenizer, 48, seed=run.config.seed)
     return torch.tensor(reward(asked, responses)).std().item()

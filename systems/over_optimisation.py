@@ -114,7 +114,7 @@ def reinforced_curves(config: Config, home: Path) -> dict[str, list[dict]]:
                 **train_ppo.PRESETS["tinytown"] | dict(beta=0.0, steps=config.steps, lr=6e-4),
                 max_kl=1e6, ptx_coef=0.0, init=f"{config.run}/sft", reward=str(home / judge / "rm"),
                 data=(f"{config.run}/data/rl.jsonl",), out=str(out), seed=config.seed,
-                **again(out)))
+                device=config.device, dtype=config.dtype, **again(out)))
         found[judge] = ppo_curve(out, window=4)
         lengths = [row["length"] for row in read_log(out / "metrics.jsonl")]
         for point, place in zip(found[judge], range(0, len(lengths), 4)):
@@ -126,7 +126,7 @@ def measure(config: Config) -> dict:
     """Everything; prints the tables, writes over_optimisation.json and .png into RUN/lectures."""
     home = Path(config.run) / "lectures"
     for judge in JUDGES:
-        prepare(config.run, judge, config.rankings, config.seed)
+        prepare(config, judge)
     found = best_of_n_curves(config, home) | {"ppo": reinforced_curves(config, home)}
     found["fits"] = fits(found)
     write_json(home / "over_optimisation.json", found, indent=1)

@@ -10,8 +10,8 @@ DPO assumes that its pairs come from the policy that it looks for; this makes it
 samples of π_SFT as they come, labelled by r (`sft_sampled`); DPO on people's rankings is the third
 source. β → 0 takes the best, β → ∞ any.
 
-Differences from the paper: T = 1 instead of 0.7 with top-k 40; all 28 pairs of the eight taken, by
-r, instead of four at random; β in standard deviations of the reward over all prompts (paper: 0.5,
+Differences from the paper: T = 1 instead of 0.7 with top-k 40; 4 of 32 samples taken instead of 8 of
+64, and all their six pairs, by r, instead of four at random; β in standard deviations of the reward over all prompts (paper: 0.5,
 of logits), which within a prompt are less, so that it selects more mildly than it reads.
 
     python -m systems.rso --run out/tinytown
@@ -42,9 +42,10 @@ class Config(DeviceFlags):
     run: str = "out/tinytown"      # Tinytown run: its sft, rm and prompts are read
     reward: str = ""               # reward model; empty: rm inside run
     out: str = ""                  # folder of what is made; empty: systems/rso inside run
-    prompts: int = 500             # of rl.jsonl, whose rankings nobody has made
-    samples: int = 64              # n of each (paper: 64)
-    taken: int = 8                 # of them (paper: 8)
+    prompts: int = 1000            # of rl.jsonl, whose rankings nobody has made
+    samples: int = 32              # n of each (paper: 64)
+    taken: int = 4                 # of them (paper: 8)
+    epochs: int = 2                # over the pairs
     beta: float = 1.0              # of the rejection, in standard deviations of the reward
     pair_beta: float = 0.15        # β_h of sigmoid-norm, as Tinytown's DPO
     gamma: float = 0.3             # γ of hinge-norm (paper: 0.05)
@@ -52,8 +53,8 @@ class Config(DeviceFlags):
     max_new_tokens: int = 48
 
 
-LIMITS = dict(prompts=(1, 10**6), samples=(2, 10**4), taken=(2, 10**4), beta=(1e-6, 10**6),
-              pair_beta=(1e-6, 100), gamma=(1e-6, 100))
+LIMITS = dict(prompts=(1, 10**6), samples=(2, 10**4), taken=(2, 10**4), epochs=(1, 1000),
+              beta=(1e-6, 10**6), pair_beta=(1e-6, 100), gamma=(1e-6, 100))
 
 
 # ----------------------------------------------------------------------------- equations
@@ -150,8 +151,9 @@ def write_rankings(pool: Pool, config: Config, beta: float, path: Path) -> str:
 def fit(rankings: str, out: Path, config: Config, hinge: bool = False) -> dict:
     """Train from the SFT model on all pairs of these rankings, sigmoid-norm or hinge-norm."""
     settings = train_dpo.Config(
-        data=(rankings,), init=f"{config.run}/sft", out=str(out), seed=config.seed, batch_size=16,
-        **again(str(out)), beta=config.gamma if hinge else config.pair_beta)
+        data=(rankings,), val=f"{config.run}/rank_val/rankings.jsonl", init=f"{config.run}/sft",
+        out=str(out), seed=config.seed, device=config.device, dtype=config.dtype, batch_size=16,
+        epochs=config.epochs, beta=config.gamma if hinge else config.pair_beta, **again(str(out)))
     return train_dpo.train(settings, hinge_norm if hinge else train_dpo.dpo_loss)
 
 
@@ -176,7 +178,7 @@ def compared(config: Config) -> None:
     """RSO, and the table."""
     home = Path(config.out or f"{config.run}/systems/rso")
     seconds = rso(config)
-    found = compare(config.run, {name: str(home / name) for name in seconds}, seconds, config.seed)
+    found = compare(config, {name: str(home / name) for name in seconds}, seconds)
     write_json(home / "table.json", found, indent=1)
 
 

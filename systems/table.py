@@ -18,11 +18,13 @@ HEAD = ["method", "gold, T = 0", "T = 1", "best T", "wins, T = 0", "T = 1", "bes
         "KL", "length", "endless", "seconds"]
 
 
-def compare(folder: str, policies: dict[str, Policy | str], seconds: dict[str, float] = {},
-            seed: int = 1) -> dict[str, dict]:
+def compare(of, policies: dict[str, Policy | str],
+            seconds: dict[str, float] = {}) -> dict[str, dict]:
     """Measure policies (or folders of them) beside the SFT model of a Tinytown run, print the table
-    and return its figures by name. seconds: what each cost, for the table."""
-    home, config = Path(folder), Config(run=folder, seed=seed)
+    and return its figures by name. of: a config with run and DeviceFlags. seconds: what each cost,
+    for the table."""
+    home = Path(of.run)
+    config = Config(run=of.run, seed=of.seed, device=of.device, dtype=of.dtype)
     run = start(config)
     policies = {"sft": str(home / "sft"), **policies}
     policies = {name: Policy(load_gpt(policy)[0]) if isinstance(policy, str) else policy
@@ -97,6 +99,6 @@ def measured(train, config, name: str) -> dict[str, dict]:
     """Train by `train(config)`, in places inside the run, then compare the policy with SFT's."""
     config = inside(config, name)
     final = train(replace(config, run=""))      # --resume asks whether what is read has changed
-    found = compare(config.run, {name: config.out}, {name: final["seconds"]}, config.seed)
+    found = compare(config, {name: config.out}, {name: final["seconds"]})
     write_json(Path(config.out) / "table.json", found, indent=1)
     return found

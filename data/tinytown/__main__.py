@@ -10,7 +10,7 @@ from pathlib import Path
 from common.files import write_text
 from data.tinytown.talk import document
 from data.tinytown.teachers import demonstrations
-from data.tinytown.town import harmful_prompts, prompts
+from data.tinytown.town import harmful_prompts, prompts, red_teamed
 
 
 def write(folder: Path, seed: int, documents: int = 60_000) -> None:
@@ -23,8 +23,8 @@ def write(folder: Path, seed: int, documents: int = 60_000) -> None:
         text = "\n<|endoftext|>\n".join(part) + "\n"
         write_text(folder / f"{name}.txt", text)
     rows = {"sft": demonstrations("sft", 10_000, seed), "sft_val": demonstrations("val", 500, seed),
-            "rank": prompts("rank", 7_000, seed), "rank_val": prompts("val", 200, seed),
-            "rl": prompts("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True),
+            "rank": red_teamed("rank", 7_000, seed), "rank_val": prompts("val", 200, seed),
+            "rl": red_teamed("rl", 8_000, seed), "test": prompts("test", 600, 0, unique=True),
             "harmful": harmful_prompts("test", 150, 0)}
     for name, part in rows.items():
         text = "".join(json.dumps(row) + "\n" for row in part)

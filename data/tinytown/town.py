@@ -434,6 +434,16 @@ def harmful_prompts(split: str, count: int, seed: int) -> list[dict]:
     return [{"messages": messages, "use_case": family.use_case} for messages in texts.values()]
 
 
+def red_teamed(split: str, count: int, seed: int, share: float = 0.05) -> list[dict]:
+    """Rows of `prompts`, a share of them replaced by further requests that should be declined, as
+    laboratories put them to a model on purpose: at Table 1's frequencies they would be too rare to
+    learn from."""
+    harmful = harmful_prompts(split, round(share * count), seed)
+    rows = prompts(split, count - len(harmful), seed) + harmful
+    random.Random(f"red-teamed-{split}-{seed}").shuffle(rows)
+    return rows
+
+
 def sentences(text: str) -> list[str]:
     """Split after . ! ? (but not after the number of a list item) and at line ends."""
     return [part for part in re.split(r"(?<=[a-z][.!?]) |\n", text) if part.strip()]
