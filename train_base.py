@@ -46,8 +46,8 @@ class Config(Flags):
 # GPT-2's shape takes the learning rate and batch of GPT-3's model of this size, and 20 tokens a
 # parameter (Chinchilla); t4 and mps do the same for 30 M parameters.
 PRESETS = {
-    "tinytown": dict(tokenizer="tinytown", block_size=128, window=96, n_layer=3, lr=3e-3,
-                     steps=1300, batch_size=16, eval_every=300),
+    "tinytown": dict(tokenizer="tinytown", block_size=128, window=96, n_layer=3, lr=4e-3,
+                     warmup=150, steps=1300, batch_size=16, eval_every=300),
     "cpu": dict(device="cpu", dtype="float32"),
     "gpt2": dict(device="cuda", dtype="bfloat16", block_size=1024, n_layer=12, n_head=12,
                  n_embd=768, lr=6e-4, warmup=250, steps=5000, batch_size=480, micro_batch=16,
