@@ -19,8 +19,8 @@ is compared with other samples of SFT than the rest, and its proxy is its own re
     python -m systems.alpaca_farm --seeds out/seeds/1 out/seeds/2  # medians of finished runs
 """
 import json
+import math
 import random
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,9 @@ from data.tinytown.annotators import ANNOTATORS
 from data.tinytown.report import load_pyplot, markdown, rounded, save_plot
 from data.tinytown.specification import pairs_of, picks
 from evaluate import Policy
-from systems import best_of_n
+from systems import best_of_n, plots
 from systems.methods import ASKED_FOR, METHODS, Labels, prepare
-from systems.table import HEAD, compare, table
+from systems.table import compare, over_seeds, table
 
 KINDS = ("noisy", "gold")
 
@@ -65,7 +65,10 @@ def noisy_labels(labels: Tensor, replace: Tensor, coin: Tensor) -> Tensor:
 
 def spearman(first: list[float], second: list[float]) -> float:
     """Spearman's ρ: Pearson's correlation of the ranks, equal values at their mean rank. NaN where
-    all values of one list are equal."""
+    all values of one list are equal, and of fewer than two."""
+    if len(first) < 2:
+        return math.nan
+
     def ranks(values: list[float]) -> Tensor:
         x = torch.tensor(values, dtype=torch.float64)
         below, equal = (x[:, None] > x).sum(1), (x[:, None] == x).sum(1)
@@ -138,8 +141,8 @@ def report(config: Config) -> dict:
         print(f"{kind} labels:\n\n{table(tables[kind])}")
     print(agreement_lines(found))
     if pyplot := load_pyplot():
-        save_plot(method_plot(pyplot, tables), home / "methods.png")
-        save_plot(scatter_plot(pyplot, found), home / "orders.png")
+        save_plot(plots.method_plot(pyplot, tables), home / "methods.png")
+        save_plot(plots.scatter_plot(pyplot, found), home / "orders.png")
         pyplot.close("all")
     return found
 
@@ -184,73 +187,11 @@ def agreement_lines(found: dict) -> str:
     return "\n".join(lines) + "\n\n" + markdown(["annotators", "bias", "variance"], rows)
 
 
-def method_plot(pyplot, tables: dict[str, dict]):
-    """Wins against SFT at T = 0 and T = 1, a bar a method, noisy beside gold labels."""
-    names = sorted((name for name in tables["noisy"] if name != "sft"),
-                   key=lambda name: tables["noisy"][name]["wins"]["1"]["rate"])
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 6), sharey=True, constrained_layout=True)
-    for axis, t in zip(axes, ("0", "1")):
-        for shift, kind in ((-0.2, "noisy"), (0.2, "gold")):
-            wins = {place: tables[kind][name]["wins"][t] for place, name in enumerate(names)
-                    if name in tables[kind] and t in tables[kind][name]["wins"]}
-            axis.barh([place + shift for place in wins],
-                      [100 * win["rate"] for win in wins.values()], height=0.38,
-                      xerr=[100 * win["standard_error"] for win in wins.values()],
-                      label=f"{kind} labels")
-        axis.axvline(50, color="black", linewidth=1)
-        axis.set(title=f"wins against SFT at T = {t}, %", xlim=(0, 100))
-        axis.set_yticks(range(len(names)), names)
-        axis.grid(alpha=0.3, axis="x")
-    axes[0].legend(loc="lower right")
-    return figure
-
-
-def scatter_plot(pyplot, found: dict):
-    """Each method's wins with noisy labels against those with gold ones, at T = 1."""
-    figure, axis = pyplot.subplots(figsize=(6.5, 6), constrained_layout=True)
-    for name, row in found["tables"]["noisy"].items():
-        if name in found["tables"]["gold"] and name != "sft":
-            x, y = (100 * found["tables"][kind][name]["wins"]["1"]["rate"] for kind in KINDS)
-            axis.plot(x, y, "o", color="tab:blue")
-            axis.annotate(name, (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
-    axis.axline((50, 50), slope=1, color="black", linewidth=0.8)
-    axis.set(title=f"Spearman {found['spearman']['1']['all']['rho']:.2f}",
-             xlabel="wins with noisy labels, T = 1, %", ylabel="wins with gold labels, T = 1, %")
-    axis.grid(alpha=0.3)
-    return figure
-
-
-def over_seeds(folders: tuple[str, ...]) -> None:
-    """Median and range over finished runs: gold and wins of every method, and Spearman's ρ."""
-    runs = [json.loads((Path(folder) / "lectures" / "methods.json").read_text())
-            for folder in folders]
-
-    def cell(values: list[float], scale: float = 1, form: str = ".3f") -> str:
-        low, middle, high = min(values), statistics.median(values), max(values)
-        return f"{scale * middle:{form}} ({scale * low:{form}}–{scale * high:{form}})"
-    for kind in KINDS:
-        rows = []
-        for name in runs[0]["tables"][kind]:
-            of = [run["tables"][kind][name] for run in runs]
-            at = [t if t in of[0]["gold"] else None for t in ("0", "1", "best")]
-            rows.append([name, *(t and cell([one["gold"][t] for one in of]) for t in at),
-                         *(t and cell([one["wins"][t]["rate"] for one in of], 100, ".1f")
-                           for t in at),
-                         *(cell([one[key] for one in of], 1, ".2f") for key in ("kl", "length"))])
-        head = [*HEAD[:7], "KL", "length"]
-        print(f"{kind} labels, median of {len(runs)} runs (range):\n\n{markdown(head, rows)}")
-    for t in ("0", "1", "best"):
-        for label in runs[0]["spearman"][t]:
-            some = [run["spearman"][t][label] for run in runs]
-            print(f"Spearman at T = {t}, {label}: {cell([one['rho'] for one in some], 1, '.2f')}, "
-                  f"{min(one['methods'] for one in some)} methods or more")
-
-
 def farm(config: Config) -> None:
     """What the command line asks for."""
     start(config, LIMITS)
     if config.seeds:
-        return over_seeds(config.seeds)
+        return over_seeds(config.seeds, KINDS)
     for kind in config.labels:
         if kind not in KINDS:
             raise InputError(f"--labels {kind}: expected some of {', '.join(KINDS)}")

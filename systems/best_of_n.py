@@ -189,14 +189,17 @@ def pool_scores(pool: Pool, reward: Reward, missing_end_score: float) -> Tensor:
 
 def curve(pool: Pool, proxy: Tensor) -> list[dict[str, float]]:
     """One row for each n = 1, 2, 4, … up to N: the proxy's promise, gold, its standard error over
-    prompts, length, and the bound on the KL in nats, when the best of n by `proxy` is taken."""
-    rows, n = [], 1
-    while n <= proxy.shape[1]:
-        gold = best_of_n_mean(proxy, pool.gold, n)                          # (P,)
+    prompts, how far gold is below its highest mean of all n, the error of that difference (prompt
+    by prompt), length, and the bound on the KL in nats, when the best of n by `proxy` is taken."""
+    sizes = [2 ** k for k in range(proxy.shape[1].bit_length())]
+    golds = [best_of_n_mean(proxy, pool.gold, n) for n in sizes]            # (P,) each
+    peak, rows = max(golds, key=lambda gold: gold.mean().item()), []
+    for n, gold in zip(sizes, golds):
         rows.append({"n": n, "kl": best_of_n_kl(n), "proxy": best_of_n_mean(proxy, proxy, n).mean(),
                      "gold": gold.mean(), "error": gold.std() / math.sqrt(len(gold)),
+                     "below_peak": (peak - gold).mean(),
+                     "below_peak_error": (peak - gold).std() / math.sqrt(len(gold)),
                      "length": best_of_n_mean(proxy, pool.length, n).mean()})
-        n *= 2
     return [{name: value if name == "n" else float(value) for name, value in row.items()}
             for row in rows]
 

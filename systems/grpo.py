@@ -32,10 +32,10 @@ from common.run import Flags, adamw, learning_rate, load_gpt, main, start
 from data.batches import Prompt, pad_rows, read_prompt_rows, response_row
 from data.tinytown.gold import gold_scores
 from data.tinytown.report import load_pyplot, save_plot
-from evaluate import over_optimisation
 from kernels import masked_mean
 from model import GPT
 from rollout import Response, Reward, ended_scores, load_reward
+from systems import plots
 from systems.table import measured
 from train_ppo import Episode, check_ratio, clip_fraction, kl_estimates, pick
 
@@ -193,26 +193,10 @@ def compared(config: Config) -> dict[str, dict]:
     data = config.data or (f"{config.run}/data/rl.jsonl",)
     found = measured(train, replace(config, data=data), "grpo" + "_verifier" * config.verifier)
     if pyplot := load_pyplot():
-        save_plot(beside_ppo(pyplot, Path(config.run)), Path(config.run) / "systems" / "grpo.png")
+        figure = plots.beside_ppo(pyplot, Path(config.run))
+        save_plot(figure, Path(config.run) / "systems" / "grpo.png")
         pyplot.close("all")
     return found
-
-
-def beside_ppo(pyplot, home: Path):
-    """Gold and KL along rollouts of PPO-ptx and of both forms of GRPO, as far as they are there."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    for label, place in {"PPO-ptx, reward model": "ppo", "GRPO, reward model": "systems/grpo",
-                         "GRPO, gold score as verifier": "systems/grpo_verifier"}.items():
-        if (home / place / "rollouts.jsonl").exists():
-            points = over_optimisation(home / place, window=4)
-            for axis, key in zip(axes, ("gold", "kl")):
-                axis.plot([4 * i + 2.5 for i in range(len(points))],
-                          [point[key] for point in points], "o-", markersize=3, label=label)
-    for axis, title in zip(axes, ("gold, mean of 4 rollouts", "KL from SFT, nats a response")):
-        axis.set(title=title, xlabel="rollouts of 64 episodes")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    return figure
 
 
 if __name__ == "__main__":

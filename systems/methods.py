@@ -152,7 +152,7 @@ def places(path: Path) -> str:
         ranking = json.loads(line)
         order = sorted({row["score"] for row in ranking["responses"]})
         for row in ranking["responses"]:
-            row["score"] = order.index(row["score"])
+            row["score"] = float(order.index(row["score"]))
         lines.append(json.dumps(ranking) + "\n")
     return "".join(lines)
 

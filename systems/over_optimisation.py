@@ -14,7 +14,6 @@ PPO without KL penalty and mix against the first two. Last, what optimisation do
 
     python -m systems.over_optimisation --run out/tinytown
 """
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +27,12 @@ from data.batches import read_prompt_rows
 from data.tinytown.report import load_pyplot, save_plot
 from evaluate import over_optimisation as ppo_curve
 from rollout import load_reward
+from systems import plots
 from systems.best_of_n import curve, curve_table, pool_scores, sample_pool
 from systems.methods import prepare
 from systems.table import again
 
 JUDGES = ("noisy", "careful", "gold")
-COLORS = {"noisy": "tab:red", "careful": "tab:green", "gold": "tab:blue",
-          "noisy, all": "tab:orange"}
 
 
 @dataclass(slots=True)
@@ -132,7 +130,8 @@ def measure(config: Config) -> dict:
     write_json(home / "over_optimisation.json", found, indent=1)
     print(lines(found))
     if pyplot := load_pyplot():
-        save_plot(plot(pyplot, found), home / "over_optimisation.png")
+        figure = plots.over_optimisation_plot(pyplot, found, fitted)
+        save_plot(figure, home / "over_optimisation.png")
         pyplot.close("all")
     return found
 
@@ -151,8 +150,9 @@ def lines(found: dict) -> str:
     said = [curve_table(found["curves"])]
     for judge, rows in found["curves"].items():
         peak = max(rows, key=lambda row: row["gold"])
-        said.append(f"best-of-n, {judge}: gold peaks at n = {peak['n']}: {peak['gold']:.3f}, then "
-                    f"{rows[-1]['gold']:.3f} at n = {rows[-1]['n']}; {proxy_and_length(rows)}")
+        said.append(f"best-of-n, {judge}: gold peaks at n = {peak['n']}: {peak['gold']:.3f}, at "
+                    f"n = {rows[-1]['n']} {rows[-1]['below_peak']:.3f} ± "
+                    f"{rows[-1]['below_peak_error']:.3f} less; {proxy_and_length(rows)}")
     for judge, rows in found["ppo"].items():
         peak = max(rows, key=lambda row: row["gold"])
         said.append(f"PPO without KL, {judge}: gold {rows[0]['gold']:.3f} → {peak['gold']:.3f} at "
@@ -169,29 +169,6 @@ def proxy_and_length(rows: list[dict]) -> str:
     """First and last of both."""
     return (f"proxy {rows[0]['proxy']:.2f} → {rows[-1]['proxy']:.2f}, length "
             f"{rows[0]['length']:.1f} → {rows[-1]['length']:.1f}")
-
-
-def plot(pyplot, found: dict):
-    """Gold over √KL with the fitted forms, best-of-n left, PPO right; proxies dashed, scaled."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True, sharey=True)
-    for axis, key, reinforced in ((axes[0], "curves", False), (axes[1], "ppo", True)):
-        for judge, rows in found[key].items():
-            d = [math.sqrt(max(0.0, row["kl"])) for row in rows]
-            axis.plot(d, [row["gold"] for row in rows], "o", color=COLORS[judge], markersize=4,
-                      label=f"gold, judge: {judge}")
-            form = found["fits"][f"{'PPO' if reinforced else 'best-of-n'}, {judge}"]
-            x = torch.linspace(1e-3, max(d), 100, dtype=torch.float64)
-            axis.plot(x, fitted(form, x, reinforced), color=COLORS[judge])
-            low = rows[0]["proxy"]
-            half = 2 * (rows[-1]["proxy"] - low) or 1.0
-            axis.plot(d, [form["at_0"] + (row["proxy"] - low) / half for row in rows], "--",
-                      color=COLORS[judge], linewidth=0.8)
-        axis.set(xlabel="√KL from SFT, √nats (best-of-n: its bound)", ylim=(0, 1))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0].set(title="best-of-n: d (α − β d)", ylabel="gold (dashed: proxy, its gain scaled to ½)")
-    axes[1].set(title="PPO without KL penalty: d (α − β log d)")
-    return figure
 
 
 if __name__ == "__main__":

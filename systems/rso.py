@@ -10,9 +10,10 @@ DPO assumes that its pairs come from the policy that it looks for; this makes it
 samples of π_SFT as they come, labelled by r (`sft_sampled`); DPO on people's rankings is the third
 source. β → 0 takes the best, β → ∞ any.
 
-Differences from the paper: T = 1 instead of 0.7 with top-k 40; 4 of 32 samples taken instead of 8 of
-64, and all their six pairs, by r, instead of four at random; β in standard deviations of the reward over all prompts (paper: 0.5,
-of logits), which within a prompt are less, so that it selects more mildly than it reads.
+Differences from the paper: T = 1 instead of 0.7 with top-k 40; 4 of 32 samples taken instead of 8
+of 64, and all their six pairs, by r, instead of four at random; β in standard deviations of the
+reward over all prompts (paper: 0.5, of logits), which within a prompt are less, so that it selects
+more mildly than it reads.
 
     python -m systems.rso --run out/tinytown
 """

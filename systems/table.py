@@ -5,6 +5,8 @@ validation prompts); wins against SFT at the same temperature, or each at its be
 the reward model's score, the KL from SFT in nats a response, the length in tokens and the share
 that never ends.
 """
+import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,32 @@ def table(found: dict[str, dict]) -> str:
         rows.append([name, *gold, *wins, *(one[key] for key in ("proxy", "kl", "length",
                                                                  "endless")), cost])
     return markdown(HEAD, rows)
+
+
+def over_seeds(folders: tuple[str, ...], kinds: tuple[str, ...]) -> None:
+    """Median and range over finished runs: gold and wins of every method, and Spearman's ρ."""
+    runs = [json.loads((Path(folder) / "lectures" / "methods.json").read_text())
+            for folder in folders]
+
+    def cell(values: list[float], scale: float = 1, form: str = ".3f") -> str:
+        low, middle, high = min(values), statistics.median(values), max(values)
+        return f"{scale * middle:{form}} ({scale * low:{form}}–{scale * high:{form}})"
+    for kind in kinds:
+        rows = []
+        for name in runs[0]["tables"][kind]:
+            of = [run["tables"][kind][name] for run in runs]
+            at = [t if t in of[0]["gold"] else None for t in ("0", "1", "best")]
+            rows.append([name, *(t and cell([one["gold"][t] for one in of]) for t in at),
+                         *(t and cell([one["wins"][t]["rate"] for one in of], 100, ".1f")
+                           for t in at),
+                         *(cell([one[key] for one in of], 1, ".2f") for key in ("kl", "length"))])
+        head = [*HEAD[:7], "KL", "length"]
+        print(f"{kind} labels, median of {len(runs)} runs (range):\n\n{markdown(head, rows)}")
+    for t in ("0", "1", "best"):
+        for label in runs[0]["spearman"][t]:
+            some = [run["spearman"][t][label] for run in runs]
+            print(f"Spearman at T = {t}, {label}: {cell([one['rho'] for one in some], 1, '.2f')}, "
+                  f"{min(one['methods'] for one in some)} methods or more")
 
 
 # ----------------------------------------------------------------------------- places

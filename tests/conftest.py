@@ -59,6 +59,7 @@ def town(tmp_path_factory) -> Path:
     rank.collect(rank.Config(
         data=(str(run / "data/rank.jsonl"),), init=str(run / "sft"), out=str(run / "rank"),
         clean=True, max_new_tokens=16))
+    (run / "rank_val").symlink_to(run / "rank")
     train_rm.train(train_rm.Config(
         data=(str(run / "rank/rankings.jsonl"),), clean=str(run / "rank/clean.jsonl"),
         demonstrations=str(run / "data/sft.jsonl"), init=str(run / "sft"), out=str(run / "rm"),

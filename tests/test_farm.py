@@ -167,6 +167,12 @@ def test_the_curve_of_best_of_n(town):
     rows = best_of_n.curve(pool, proxy)
     assert [row["n"] for row in rows] == [1, 2, 4]
     assert rows[0]["gold"] == pytest.approx(pool.gold.mean().item())
+    highest = max(rows, key=lambda row: row["gold"])
+    best = best_of_n.best_of_n_mean(proxy, pool.gold, highest["n"])
+    for row in rows:
+        less = best - best_of_n.best_of_n_mean(proxy, pool.gold, row["n"])
+        assert row["below_peak"] == pytest.approx(highest["gold"] - row["gold"], abs=1e-6)
+        assert row["below_peak_error"] == pytest.approx(less.std().item() / 3 ** 0.5, abs=1e-6)
     # Best of 4 of 5: the last with chance 4/5, else the one before it.
     assert rows[2]["proxy"] == pytest.approx(proxy.mean(0)[4] - 0.2)
     assert rows[2]["gold"] == pytest.approx((0.8 * pool.gold[:, 4] + 0.2 * pool.gold[:, 3]).mean())
@@ -196,15 +202,28 @@ def test_the_farm_learns_from_both_kinds_of_labels(farm, capsys):
                                                               for one in gold["responses"]]
         prompt = best_of_n.Prompt(noisy["messages"], [])
         ended = [best_of_n.Response([], one["text"], one["ended"]) for one in gold["responses"]]
-        assert [one["score"] for one in gold["responses"]] == pytest.approx(
-            gold_scores([prompt] * len(ended), ended), abs=1e-4)
+        true = [round(score, 4) for score in gold_scores([prompt] * len(ended), ended)]
+        assert [one["score"] for one in gold["responses"]] == [
+            sorted(set(true)).index(score) for score in true]           # places, not values
     found = json.loads((home / "methods.json").read_text())
     assert set(found["tables"]["noisy"]) == {"sft", "dpo", "slic", "best_of_16"}
     assert set(found["annotators"]) == {"all 13", "all 13, noisy", "one, 13 times",
                                         "one, 13 times, noisy"}
     assert (home / "methods.png").exists() and (home / "orders.png").exists()
-    alpaca_farm.over_seeds((str(farm), str(farm)))
+    alpaca_farm.farm(alpaca_farm.Config(seeds=(str(farm), str(farm))))
     assert "median of 2 runs" in capsys.readouterr().out
+
+
+def test_labels_of_another_sft_model_are_refused(farm, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(farm, run, symlinks=True)
+    (run / "sft").unlink()
+    shutil.copytree(farm / "base", run / "sft")
+    for mark in (False, True):                              # a folder without the mark is refused
+        if mark:
+            (run / "lectures/noisy/labels/sft.txt").unlink()
+        with pytest.raises(InputError, match="made from another SFT model"):
+            alpaca_farm.farm(alpaca_farm.Config(run=str(run), rankings=8, only=("dpo",)))
 
 
 def test_what_is_done_is_not_done_again(farm, monkeypatch):

@@ -26,7 +26,8 @@ from data.tinytown.talk import (TALK, choice, document, graded, heard, revised, 
                                 task)
 from data.tinytown.teachers import LABELERS, TOWNSPEOPLE, demonstrate, demonstrations, habit
 from data.tinytown.town import (FACTS, FAMILIES, NAMES, SPLITS, VALUES, fill, harmful_prompts,
-                                instructions, prompts, sentences, split_of, understand)
+                                instructions, prompts, red_teamed, sentences, split_of,
+                                understand)
 from data.tokenizer import SPECIALS, get_tokenizer
 
 TABLE_1 = {"generation": 45.6, "open qa": 12.4, "brainstorming": 11.2, "chat": 8.4, "rewrite": 6.6,
@@ -54,6 +55,16 @@ def test_the_same_seed_gives_the_same_data():
     here = demonstrations("sft", 20, 1)
     random.seed(4)
     assert demonstrations("sft", 20, 1) == here                 # the global generator has no say
+
+
+def test_red_teamed_prompts_are_rows_of_their_split_with_more_to_decline():
+    rows = red_teamed("rl", 400, 1)
+    assert rows == red_teamed("rl", 400, 1) != red_teamed("rl", 400, 2) and len(rows) == 400
+    assert {split_of(row["messages"]) for row in rows} == {"rl"}
+    shares = [sum(row["use_case"] == "other" for row in part) / len(part)
+              for part in (rows, rows[:200], rows[200:])]
+    assert shares[0] == pytest.approx(0.05 + 0.95 * 0.035, abs=0.005)
+    assert min(shares[1:]) > 0.04                           # mixed in, not at the end
 
 
 DIGEST = """
