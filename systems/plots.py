@@ -93,3 +93,17 @@ def beside_ppo(pyplot, home: Path):
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return figure
+
+
+def bars(pyplot, rows: dict[str, dict]):
+    """Gold of every row of a table at T = 0 and T = 1, a bar each."""
+    figure, axis = pyplot.subplots(figsize=(8, 0.34 * len(rows) + 1.2), constrained_layout=True)
+    for shift, t in ((-0.2, "0"), (0.2, "1")):
+        axis.barh([place + shift for place in range(len(rows))],
+                  [row["gold"][t] for row in rows.values()], height=0.38, label=f"T = {t}")
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.invert_yaxis()
+    axis.set(title="gold, mean over test prompts", xlim=(0, 1))
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend()
+    return figure
