@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What the slides claim beyond the line itself, on the run that `make run` left in OUT: every other
-# way to learn from feedback, on noisy labels and on gold ones; over-optimisation; a larger base,
-# prompted, against the small PPO model; PPO at four doses of the KL penalty and of the pretraining
-# mix. What `make lectures` runs; methods that are done are left alone.
+# way to learn from feedback, on noisy labels and on gold ones; over-optimisation; what a thousand
+# chosen demonstrations do; a larger base, prompted, against the small PPO model; PPO at four doses
+# of the KL penalty and of the pretraining mix. What `make lectures` runs; methods and sets that are
+# done are left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . runs/stage.sh
@@ -28,10 +29,12 @@ gammas() {
 farm() { $PYTHON -m systems.alpaca_farm --run "$OUT" --seed "$SEED" --labels "$1"; }
 noisy() { farm noisy; }
 gold() { farm gold; }
+over_optimisation() { $PYTHON -m systems.over_optimisation --run "$OUT" --seed "$SEED"; }
+lima() { $PYTHON -m systems.lima --run "$OUT" --seed "$SEED"; }
 
 two_lanes noisy gold
 $PYTHON -m systems.alpaca_farm --run "$OUT" --seed "$SEED"
-$PYTHON -m systems.over_optimisation --run "$OUT" --seed "$SEED"
+two_lanes over_optimisation lima
 $PYTHON -m systems.best_of_n --run "$OUT" --seed "$SEED"
 for form in "" --verifier; do
     $PYTHON -m systems.grpo --run "$OUT" --seed "$SEED" $form --overwrite
