@@ -75,7 +75,7 @@ class Config(Flags):
 # Tinytown's β is over seven times InstructGPT's: learned from labels of which a quarter is flipped,
 # rewards differ by tenths. The presets of GPUs are for an SFT model of GPT-2's size.
 PRESETS = {
-    "tinytown": dict(steps=56, micro_batch=8, lr=3e-4, value_lr=5e-4, beta=0.15),
+    "tinytown": dict(steps=64, micro_batch=8, lr=3e-4, value_lr=5e-4, beta=0.15),
     "cpu": dict(device="cpu", dtype="float32"),
     "gpt2": dict(device="cuda", dtype="bfloat16", steps=500, batch_size=128, minibatches=4,
                  micro_batch=16, max_new_tokens=128, lr=1e-5, value_lr=1e-5, ptx_windows=8,

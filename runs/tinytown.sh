@@ -25,8 +25,8 @@ train "$OUT/rm" train_rm.py --preset tinytown --init "$OUT/sft" --data "$OUT/ran
 RL="--preset tinytown --init $OUT/sft --reward $OUT/rm --data $OUT/data/rl.jsonl"
 aligned() {
     train "$OUT/ppo" train_ppo.py $RL --ptx_data "$OUT/data/base.txt"
-    # preferences without RL: three fifths of the rankings are enough for DPO
-    head -n 3000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"
+    # preferences without RL: four sevenths of the rankings are enough for DPO
+    head -n 4000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"
     train "$OUT/dpo" train_dpo.py --preset tinytown --init "$OUT/sft" \
         --data "$OUT/rank/some.jsonl" --val "$OUT/rank_val/rankings.jsonl"
 }

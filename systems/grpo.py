@@ -48,7 +48,7 @@ class Config(Flags):
     reward: str = ""               # reward model, or module:function; empty: rm inside run
     verifier: bool = False         # reward by the town's gold score instead
     out: str = ""                  # empty: systems/grpo, or grpo_verifier, inside run
-    steps: int = 56                # rollouts
+    steps: int = 64                # rollouts
     prompts: int = 8               # a rollout
     group: int = 8                 # responses to each (paper: 64)
     minibatches: int = 2           # optimiser steps a rollout (paper: 1)
