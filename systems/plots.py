@@ -107,3 +107,17 @@ def bars(pyplot, rows: dict[str, dict]):
     axis.grid(alpha=0.3, axis="x")
     axis.legend()
     return figure
+
+
+def size_curve(pyplot, gold: dict[int, dict], sft: dict):
+    """Gold at T = 0 and T = 1 over the number of added instructions, beside SFT's on people's."""
+    figure, axis = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
+    for color, t in (("tab:blue", "0"), ("tab:orange", "1")):
+        axis.plot(list(gold), [row[t] for row in gold.values()], "o-", color=color,
+                  label=f"seeds and its own, T = {t}")
+        axis.axhline(sft[t], color=color, linestyle="--", linewidth=0.8,
+                     label=f"people's demonstrations, T = {t}")
+    axis.set(xlabel="instructions of its own", ylabel="gold, mean over test prompts", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
