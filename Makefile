@@ -1,6 +1,6 @@
-# make run     the whole line on Tinytown, about eight minutes on two CPU cores;
+# make run     the whole line on Tinytown, five to nine minutes on two CPU cores;
 #              SEED=2 OUT=out/tinytown-2 for another seed
-# make seeds   every claim on four seeds, with a larger base beside, over an hour
+# make seeds   every claim on four seeds, with a larger base beside, about an hour
 # make lectures  after make run: every other method, over-optimisation, the larger base, doses of
 #              the KL penalty and of the mix
 # make test    the tests, about five minutes
