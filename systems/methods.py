@@ -6,7 +6,7 @@ seconds. A further method takes a file of its own in systems/ and a line in METH
 
 What is equal: the rankings and the SFT model; labels of all kinds are places, not values. What is
 not: sampled prompts and responses (RSO 1,000 × 32, Quark 500 × 16, experts 1,000 × 16 a round, PPO
-and GRPO 64 × 64), and updates (about 125 on rankings, RSO's pairs, and of PPO and GRPO). ε = ¼
+and GRPO 64 × 64), and updates (about 125 on rankings and of PPO and GRPO, 62 on RSO's pairs). ε = ¼
 of cDPO and rDPO is right for noisy labels alone.
 """
 import json
