@@ -152,7 +152,7 @@ def sampled(config: Config) -> Config:
     pool = rso.sample_pool(rso.Config(
         run=config.run, reward=config.reward, prompts=config.prompts, samples=config.samples,
         seed=config.seed, device=config.device, dtype=config.dtype))
-    path = Path(config.out) / "samples.jsonl"
+    path = Path(f"{config.out}_samples.jsonl")     # beside the folder, whose .jsonl are logs
     write_text(path, "".join(ranking_line(prompt.messages, *scored) for prompt, *scored in zip(
         pool.prompts, pool.responses, pool.scores.tolist())))
     return replace(config, data=(str(path),))

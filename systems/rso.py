@@ -46,7 +46,7 @@ class Config(DeviceFlags):
     prompts: int = 1000            # of rl.jsonl, whose rankings nobody has made
     samples: int = 32              # n of each (paper: 64)
     taken: int = 4                 # of them (paper: 8)
-    epochs: int = 1                # over the pairs; a second one leaves SFT by twice as much
+    epochs: int = 1                # over the pairs
     beta: float = 1.0              # of the rejection, in standard deviations of the reward
     pair_beta: float = 0.15        # β_h of sigmoid-norm, as Tinytown's DPO
     gamma: float = 0.3             # γ of hinge-norm (paper: 0.05)

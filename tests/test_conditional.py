@@ -466,8 +466,11 @@ def test_quark_samples_where_it_is_given_no_data(town, tmp_path):
     flags = dict(run=str(town), init=str(town / "sft"), out=str(tmp_path / "quark"), quark=True,
                  prompts=6, samples=5, epochs=1)
     final = conditional.train(Config(**flags))
-    found = read_rankings(str(tmp_path / "quark/samples.jsonl"))
+    found = read_rankings(str(tmp_path / "quark_samples.jsonl"))
     assert [len(ranking.responses) for ranking in found] == [5] * 6
+    # What is in the folder is a log of steps, which --resume cuts where it goes on.
+    assert all("step" in row for path in (tmp_path / "quark").glob("*.jsonl")
+               for row in read_log(path))
     # The reward model's score, or that of a response that never ends.
     scores = [[ranking.scores[k] for k in ranking.cut] for ranking in found]
     assert {score for some in scores for score in some} <= {-3.0}
