@@ -38,11 +38,10 @@ def scatter_plot(pyplot, found: dict):
     noisy, gold = (found["tables"][kind] for kind in ("noisy", "gold"))
     points = sorted((100 * gold[name]["wins"]["1"]["rate"], 100 * noisy[name]["wins"]["1"]["rate"],
                      name) for name in noisy if name in gold and name != "sft")
-    # Names stand in a column at the right, as far apart as letters are high.
-    gap = 1.15 * (points[-1][0] - points[0][0] + 10) / max(24, len(points))
-    right, height = max(x for _, x, _ in points) + 4, -math.inf
-    for y, x, name in points:
-        height = max(y, height + gap)
+    # Names stand in a column at the right, evenly spaced, in the order of their points.
+    low, high, right = points[0][0], points[-1][0] + 1e-6, max(x for _, x, _ in points) + 5
+    for place, (y, x, name) in enumerate(points):
+        height = low + (high - low) * place / max(1, len(points) - 1)
         axis.plot(x, y, "o", color="tab:blue")
         axis.annotate(name, (x, y), (right, height), fontsize=8, va="center",
                       arrowprops=dict(arrowstyle="-", linewidth=0.4, color="gray"))
@@ -109,15 +108,18 @@ def bars(pyplot, rows: dict[str, dict]):
     return figure
 
 
-def size_curve(pyplot, gold: dict[int, dict], sft: dict):
-    """Gold at T = 0 and T = 1 over the number of added instructions, beside SFT's on people's."""
-    figure, axis = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
-    for color, t in (("tab:blue", "0"), ("tab:orange", "1")):
-        axis.plot(list(gold), [row[t] for row in gold.values()], "o-", color=color,
-                  label=f"seeds and its own, T = {t}")
-        axis.axhline(sft[t], color=color, linestyle="--", linewidth=0.8,
-                     label=f"people's demonstrations, T = {t}")
-    axis.set(xlabel="instructions of its own", ylabel="gold, mean over test prompts", ylim=(0, 1))
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+def size_curve(pyplot, rows: dict[int, dict[str, float]], sft: dict[str, float]):
+    """Gold over the number of added instructions, a panel for each temperature; people's
+    demonstrations dashed. rows: size → "kind, T = t" → gold; sft: the same of SFT."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
+    for axis, t in zip(axes, ("T = 0", "T = 1")):
+        labels = [label for label in sft if label.endswith(t)]
+        for i, label in enumerate(labels):
+            axis.plot(list(rows), [row[label] for row in rows.values()], "o-", color=f"C{i}",
+                      label=label.removesuffix(f", {t}"))
+            axis.axhline(sft[label], color=f"C{i}", linestyle="--", linewidth=0.8)
+        axis.set(title=t, xlabel="instructions of its own", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="gold (dashed: people's demonstrations)")
+    axes[1].legend(fontsize=8)
     return figure
