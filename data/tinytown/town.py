@@ -340,7 +340,8 @@ def slots_of(family: Family, values: dict[str, str]) -> dict[str, str]:
     return slots
 
 
-def _pattern(phrasing: str) -> re.Pattern:
+def pattern_of(phrasing: str) -> re.Pattern:
+    """What a phrasing matches, whatever fills its slots and whatever people begin with."""
     choices = {"name": NAMES, "other": NAMES, "third": NAMES, "stranger": STRANGERS,
                "thing": THINGS, "place": VALUES["home"], "food": VALUES["food"],
                "animal": VALUES["animal"], "mood": MOODS, "n": NUMBERS, "verb": PAST,
@@ -362,7 +363,7 @@ def _pattern(phrasing: str) -> re.Pattern:
                       + re.sub(r"{(\w+)}", group, escaped))
 
 
-PATTERNS = [(family, _pattern(phrasing)) for family in FAMILIES for phrasing in family.phrasings]
+PATTERNS = [(family, pattern_of(phrasing)) for family in FAMILIES for phrasing in family.phrasings]
 
 
 @lru_cache(maxsize=100_000)
