@@ -15,8 +15,8 @@ A vote is what one annotator sees, or, `careless` of the time, what was meant fo
 this town gold scores fall into a few heaps, so that careful annotators would be an oracle.
 
 Differences from the paper: a base of 0.7 million parameters instead of 65 billion, which learns the
-form of an answer from these rows, not only its style; the pretraining mix of stage 1 goes on; the
-rate of stage 1 and no growing dropout.
+form of an answer from these rows, not only its style, at a rate as high; the pretraining mix of
+stage 1 goes on; no growing dropout.
 
     python -m systems.lima --run out/tinytown
 """
@@ -48,7 +48,7 @@ class Config(DeviceFlags):
     pool: int = 40_000             # uneven demonstrations that are voted on
     careless: float = 0.25         # share of votes that are another row's
     steps: int = 320               # updates of every set: ten epochs of 1,000 rows
-    lr: float = 2e-3               # peak, as Tinytown's SFT
+    lr: float = 2e-3               # peak
 
 
 LIMITS = dict(pool=(8000, 10**7), careless=(0, 1), steps=(1, 10**6))
@@ -101,8 +101,8 @@ def asks_for_a_list(messages: list[dict]) -> bool:
 def sets_of(pool: list[dict], scores: list[float], draw: random.Random) -> dict[str, list[dict]]:
     """Every set of the table, by name."""
     by_vote = [pool[place] for place in sorted(range(len(pool)), key=lambda i: -scores[i])]
-    stories = [row for row in by_vote if row["messages"][0]["content"].find("story") >= 0
-               and row["use_case"] == "generation"]
+    stories = [row for row in by_vote if row["use_case"] == "generation"
+               and "story" in row["messages"][0]["content"]]
     found = {"all_10000": draw.sample(pool, min(10_000, len(pool))),
              "random_1000": draw.sample(pool, 1000),
              "voted_equal_1000": stratified(pool, scores, 1000, equal=True),
@@ -122,36 +122,39 @@ def sets_of(pool: list[dict], scores: list[float], draw: random.Random) -> dict[
 # ----------------------------------------------------------------------------- measuring
 
 def fit(name: str, rows: list[dict], config: Config) -> str:
-    """SFT of the base on a set, about as many updates as for the others. Returns its folder."""
-    home, out = Path(config.out), f"{config.out}/{name}"
-    if not (home / name / "final.json").exists():
-        write_rows(home / f"{name}.jsonl", rows)
+    """SFT of the base on a set, about as many updates as for the others; not anew where the same
+    rows were trained on. Returns its folder."""
+    out, text = f"{config.out}/{name}", as_lines(rows)
+    path = Path(f"{out}.jsonl")
+    same = path.exists() and path.read_text() == text
+    if not same or not Path(f"{out}/final.json").exists():
+        write_text(path, text)
         train_sft.train(train_sft.Config(
-            data=(f"{out}.jsonl",), val=f"{config.run}/data/sft_val.jsonl",
+            data=(str(path),), val=f"{config.run}/data/sft_val.jsonl",
             init=f"{config.run}/base", ptx_data=(f"{config.run}/data/base.txt",), out=out,
             epochs=max(1, round(config.steps * 32 / len(rows))), lr=config.lr, seed=config.seed,
             device=config.device, dtype=config.dtype, **again(out)))
     return out
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Demonstrations as a file that train_sft.py reads."""
-    write_text(path, "".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows))
+def as_lines(rows: list[dict]) -> str:
+    """Demonstrations as the text of a file that train_sft.py reads."""
+    return "".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows)
 
 
 def details(rows: dict[str, list[dict]], config: Config) -> dict[str, dict]:
     """What the common table does not show of each set: what its rows are worth, held-out loss on
     all rows and on good ones, gold on conversations and on lists at T = 0 and T = 1."""
     run, home = start(config, LIMITS), Path(config.out)
-    _, tokenizer = load_gpt(f"{config.run}/base")
-    val = [json.loads(line) for line in open(f"{config.run}/data/sft_val.jsonl")]
-    write_rows(home / "good_val.jsonl", [row for row in val if row["quality"] == "good"])
+    base, tokenizer = load_gpt(f"{config.run}/base")
+    val = map(json.loads, Path(f"{config.run}/data/sft_val.jsonl").read_text().splitlines())
+    write_text(home / "good_val.jsonl", as_lines([row for row in val if row["quality"] == "good"]))
+    good = demonstration_rows(read_demonstrations(home / "good_val.jsonl"), tokenizer,
+                              base.config.block_size)
     prompts = read_prompt_rows((f"{config.run}/data/test.jsonl",), tokenizer, 80)
     found = {}
     for name, some in rows.items():
         model = run.freeze(load_gpt(f"{config.out}/{name}")[0])
-        good = demonstration_rows(read_demonstrations(home / "good_val.jsonl"), tokenizer,
-                                  model.config.block_size)
         worth = [gold_score(row["messages"][:-1], row["messages"][-1]["content"]) for row in some]
         one = {"rows": len(some), "gold_of_rows": sum(worth) / len(worth),
                "val_loss": json.loads((home / name / "final.json").read_text())["val_loss"],

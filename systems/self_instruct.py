@@ -79,7 +79,7 @@ class Config(DeviceFlags):
     max_new_tokens: int = 48
     seed_share: float = 0.375      # of the rows of every set, by repetition (paper: each once)
     steps: int = 320               # updates of every set
-    lr: float = 2e-3               # peak, as Tinytown's SFT
+    lr: float = 2e-3               # peak
 
 
 LIMITS = dict(rounds=(1, 10**4), lists=(1, 10**6), threshold=(0, 2), temperature=(0, 100),
