@@ -5,14 +5,14 @@ None of it is in chat form and all of it is good. `talk.py` adds what people say
 import random
 
 from data.tinytown.town import (MOODS, NAMES, NUMBERS, PAST, REVIEWS, THINGS, VALUES, ideas, letter,
-                                rhyme, sign, state, story, summary)
+                                rhyme, sign, some_of, state, story, summary)
 
 
 def some_facts(draw: random.Random) -> str:
     """Several attributes of one resident."""
     name = draw.choice(NAMES)
     return " ".join(state(draw, name, kind)
-                    for kind in draw.sample(list(VALUES), draw.randint(3, 6)))
+                    for kind in some_of(draw, list(VALUES), draw.randint(3, 6)))
 
 
 def one_attribute(draw: random.Random) -> str:
@@ -68,6 +68,13 @@ def judged_review(draw: random.Random) -> str:
     return f"A review of the {draw.choice(VALUES['home'])}. {review} It was {mood}."
 
 
+def sorted_words(draw: random.Random) -> str:
+    """Words, each with its kind, as a picture book has them."""
+    words = draw.sample(VALUES["animal"] + VALUES["food"], 4)
+    return " ".join(f"{word}: {'an animal' if word in VALUES['animal'] else 'a food'}."
+                    for word in words)
+
+
 def event(draw: random.Random) -> str:
     """The same event in the present and in the past."""
     name, other, third = draw.sample(NAMES, 3)
@@ -77,8 +84,8 @@ def event(draw: random.Random) -> str:
 
 
 # Percent of the pretraining text; the rest is talk.
-PROSE = {some_facts: 11, one_attribute: 2, titled_story: 15, titled_letter: 7, titled_sign: 4,
-         titled_rhyme: 2, titled_list: 4, judged_review: 2, event: 7}
+PROSE = {some_facts: 10, one_attribute: 2, titled_story: 14, titled_letter: 7, titled_sign: 4,
+         titled_rhyme: 2, titled_list: 4, judged_review: 2, sorted_words: 2, event: 7}
 
 
 def prose(draw: random.Random) -> str:

@@ -78,6 +78,11 @@ def state(draw: random.Random, name: str, kind: str, value: str | None = None) -
     return draw.choice(STATEMENTS[kind]).format(name=name, value=value or FACTS[name][kind])
 
 
+def some_of(draw: random.Random, items: list, count: int) -> list:
+    """`count` different items, in their own order."""
+    return [items[place] for place in sorted(draw.sample(range(len(items)), count))]
+
+
 # ----------------------------------------------------------------- good responses, family by family
 
 def story(draw, name, thing=None, place=None, mood=None, **_) -> str:
@@ -116,7 +121,8 @@ def sign(draw, place, food, **_) -> str:
 
 
 def portrait(draw, name, **_) -> str:
-    kinds = draw.sample(list(VALUES), 3)
+    """Three facts, in the order of VALUES: with an order, nothing is said twice at T = 0."""
+    kinds = some_of(draw, list(VALUES), 3)
     return " ".join(state(draw, name, kind) for kind in kinds)
 
 
@@ -132,7 +138,8 @@ def answer(draw, name, kind, **_) -> str:
 
 
 def ideas(draw, n, **slots) -> str:
-    items = draw.sample(ideas_from(**slots), NUMBERS[n])
+    """A numbered list, in the order of `ideas_from`."""
+    items = some_of(draw, ideas_from(**slots), NUMBERS[n])
     return "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1))
 
 
