@@ -136,7 +136,7 @@ def main(run, config_class: type, presets: dict[str, dict] | None = None) -> Non
     except InputError as error:
         if parallel.rank() > 0:     # rank 0 may have the same to say; torchrun ends us meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(2)
+            time.sleep(5)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

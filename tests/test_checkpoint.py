@@ -457,8 +457,8 @@ def test_a_run_that_was_resumed_does_not_look_unfinished(town, tmp_path, monkeyp
 def test_the_best_model_is_kept(stage, town, tmp_path, monkeypatch):
     """The one of the lowest held-out loss, which is not the last; through an interruption too."""
     changes = dict(eval_every=2) | ({"lora_rank": 2} if stage == "dpo" else {})
-    if stage != "dpo":                                  # uphill, so that the first look is the best
-        monkeypatch.setattr(SCRIPTS[stage], "learning_rate", lambda *_, **__: -1e-3)
+    # Uphill, so that the first look is the best.
+    monkeypatch.setattr(SCRIPTS[stage], "learning_rate", lambda *_, **__: -1e-3)
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
         with pytest.raises(Stopped):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_mutants import Edit, check_caught
+from test_mutants import Edit, catching
 
 from common.errors import InputError
 from data.tinytown.gold import gold_scores
@@ -286,8 +286,4 @@ MUTANTS = [
      test_length_correlation_is_within_prompts)]
 
 
-@pytest.mark.parametrize("where, name, mistake, wrong, tests",
-                         [(*mutant[:4], mutant[4:]) for mutant in MUTANTS],
-                         ids=[f"{mutant[1]}: {mutant[2]}" for mutant in MUTANTS])
-def test_a_classic_wrong_answer_is_caught(monkeypatch, where, name, mistake, wrong, tests):
-    check_caught(monkeypatch, where, name, mistake, wrong, tests)
+test_a_classic_wrong_answer_is_caught = catching(MUTANTS)

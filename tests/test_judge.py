@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_mutants import Edit, check_caught
+from test_mutants import Edit, catching
 
 from common.checkpoint import save_model
 from common.errors import InputError
@@ -206,7 +206,6 @@ def test_tinytown_end_to_end(town, tmp_path, capsys):
         assert (one["agreement"], one["picks_first"]) == (1, 0.5)
         assert one["accuracy"] == one["averaged"] == one["both_correct"]
     assert found["the longer"]["all"]["picks_longer"] == 1
-    assert found["one annotator"]["all"]["accuracy"] > 0.7
     assert set(json.loads((tmp_path / "table.json").read_text())) == set(found)
     assert "| One/Two | 0." in capsys.readouterr().out
 
@@ -396,8 +395,4 @@ MUTANTS = [
      test_an_annotator_votes_by_gold_length_and_place)]
 
 
-@pytest.mark.parametrize("where, name, mistake, wrong, tests",
-                         [(*mutant[:4], mutant[4:]) for mutant in MUTANTS],
-                         ids=[f"{mutant[1]}: {mutant[2]}" for mutant in MUTANTS])
-def test_a_classic_wrong_answer_is_caught(monkeypatch, where, name, mistake, wrong, tests):
-    check_caught(monkeypatch, where, name, mistake, wrong, tests)
+test_a_classic_wrong_answer_is_caught = catching(MUTANTS)

@@ -3,7 +3,7 @@ import json
 import random
 
 import pytest
-from test_mutants import Edit, check_caught
+from test_mutants import Edit, catching
 
 from common.errors import InputError
 from data.tinytown.teachers import demonstrations
@@ -141,8 +141,4 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("where, name, mistake, wrong, tests",
-                         [(*mutant[:4], mutant[4:]) for mutant in MUTANTS],
-                         ids=[f"{mutant[1]}: {mutant[2]}" for mutant in MUTANTS])
-def test_a_classic_wrong_answer_is_caught(monkeypatch, where, name, mistake, wrong, tests):
-    check_caught(monkeypatch, where, name, mistake, wrong, tests)
+test_a_classic_wrong_answer_is_caught = catching(MUTANTS)

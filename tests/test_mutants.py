@@ -628,11 +628,15 @@ def check_caught(monkeypatch, where, name: str, mistake: str, mutant, tests) -> 
     assert not survived, f"{name} with {mistake} passes {', '.join(survived)}"
 
 
-@pytest.mark.parametrize("where, name, mistake, mutant, tests",
-                         [(*row[:4], row[4:]) for row in MUTANTS],
-                         ids=[f"{row[1]}: {row[2]}" for row in MUTANTS])
-def test_a_classic_wrong_answer_is_caught(monkeypatch, where, name, mistake, mutant, tests):
-    check_caught(monkeypatch, where, name, mistake, mutant, tests)
+def catching(mutants: list[tuple]) -> Callable:
+    """A test that each mutant is caught: (module, name, mistake, mutant, tests that catch it …)."""
+    @pytest.mark.parametrize("mutant", mutants, ids=[f"{row[1]}: {row[2]}" for row in mutants])
+    def test(monkeypatch, mutant):
+        check_caught(monkeypatch, *mutant[:4], mutant[4:])
+    return test
+
+
+test_a_classic_wrong_answer_is_caught = catching(MUTANTS)
 
 
 def test_every_equation_has_a_mutant():

@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from itertools import combinations
 
 import pytest
-from test_mutants import Edit, check_caught
+from test_mutants import Edit, catching
 
 from common.errors import InputError
 from common.run import load_gpt
@@ -545,8 +545,4 @@ MUTANTS = [
      test_one_input_with_two_outputs_drops_the_task)]
 
 
-@pytest.mark.parametrize("where, name, mistake, wrong, tests",
-                         [(*mutant[:4], mutant[4:]) for mutant in MUTANTS],
-                         ids=[f"{mutant[1]}: {mutant[2]}" for mutant in MUTANTS])
-def test_a_classic_wrong_answer_is_caught(monkeypatch, where, name, mistake, wrong, tests):
-    check_caught(monkeypatch, where, name, mistake, wrong, tests)
+test_a_classic_wrong_answer_is_caught = catching(MUTANTS)

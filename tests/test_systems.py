@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_equations import INF, NAN, close, gradient, normal, row, spoiled, vector
-from test_mutants import Edit, ties_broken_by_index, without_reference, check_caught
+from test_mutants import Edit, catching, ties_broken_by_index, without_reference
 from torch import Tensor
 
 import train_dpo
@@ -1384,11 +1384,7 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("where, name, mistake, mutant, tests",
-                         [(*entry[:4], entry[4:]) for entry in MUTANTS],
-                         ids=[f"{entry[1]}: {entry[2]}" for entry in MUTANTS])
-def test_a_classic_wrong_answer_is_caught(monkeypatch, where, name, mistake, mutant, tests):
-    check_caught(monkeypatch, where, name, mistake, mutant, tests)
+test_a_classic_wrong_answer_is_caught = catching(MUTANTS)
 
 
 def test_every_equation_has_a_mutant():
