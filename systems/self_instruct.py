@@ -35,31 +35,23 @@ import json
 import random
 import re
 import string
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-from common.run import DeviceFlags, InputError, load_gpt, main, start, write_json, write_text
-from data.batches import Prompt, read_prompt_rows
-from data.rows import read_rows
+from common.run import DeviceFlags, InputError, load_gpt, main, start, write_json
+from data.batches import read_prompt_rows
 from data.tinytown import town
 from data.tinytown.gold import gold_score, gold_scores
 from data.tinytown.report import load_pyplot, markdown, rounded, save_plot
-from data.tinytown.tasks import UNSEEN, Task, conversation, kind_of, leaks, town_seeds
-from data.tokenizer import Tokenizer
+from data.tinytown.tasks import UNSEEN, Task, conversation, kind_of, town_seeds, validity
 from evaluate import GOOD
-from model import GPT
-from rollout import Response, respond, sequence_logprobs
+from rollout import respond
 from systems import plots
 from systems.lima import fit
-from systems.table import compare
+from systems.table import compare, made, refuse_others
+from systems.writer import BLOCKLIST, PAPER, TOWN, Form, Writer, read_seeds
 
-# The paper's: tasks about what is no text.
-BLOCKLIST = ("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map",
-             "maps", "draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram")
 SEEDS, SIZES = 175, (250, 1000)    # seed tasks; instructions of its own beside them, before all
 SHOWN, OWN = 4, 1                  # instructions of a prompt, and how many of them are its own
 
@@ -159,106 +151,6 @@ def too_similar(new: list[str], known: list[list[str]], threshold: float) -> boo
     return False
 
 
-# ----------------------------------------------------------------------------- how it is asked
-
-class Form(NamedTuple):
-    """The words that a plain-text model is asked with, and what of its own is kept."""
-    listing: str                             # stands before a list of instructions
-    item: str                                # number and instruction
-    task: str                                # an instruction
-    is_choice: str                           # asks whether it is one
-    given: str                               # before an input
-    answer: str                              # before an output
-    label: str                               # before the output of a choice
-    shots: int                               # seed tasks before a new one
-    most_words: int                          # of an input or an output
-    threshold: float
-    blocklist: tuple[str, ...]
-    leaks: Callable[[Task], bool]
-    about: tuple[str, str, str] = ("", "", "")   # before shots: of is_choice, input first, output
-
-    def card(self, task: Task) -> str:
-        """A whole task; of a choice the output stands first."""
-        given = f"\n{self.given}: {task.given}" * bool(task.given)
-        head = self.task.format(task.instruction)
-        return (f"{head}\n{self.label}: {task.answer}{given}" if task.choice else
-                f"{head}{given}\n{self.answer}: {task.answer}")
-
-
-TOWN = Form("What people asked in town.", "{}. {}", "A task. {}", "Is it a choice?", "Text",
-            "Answer", "Answer", 0, 40, 0.9, (), leaks)
-PAPER = Form("Come up with a series of tasks:", "Task {}: {}", "Task: {}", "Is it classification?",
-             "Input", "Output", "Class label", 6, 200, 0.7, BLOCKLIST, lambda task: False,
-             ("Can the following task be regarded as a classification task with finite output "
-              "labels?", "Come up with examples for the following tasks.",
-              "Given the classification task definition and the class labels, generate an input "
-              "that corresponds to each of the class labels."))
-
-
-class Writer(NamedTuple):
-    """A model that goes on with plain text, the form in which it is asked, its seed tasks."""
-    model: GPT
-    tokenizer: Tokenizer
-    form: Form
-    seeds: list[Task]
-    config: Config
-
-    def prompt(self, before: list[str], text: Callable[[list[str]], str]) -> Prompt:
-        """text(before) as ids, with as many of the last of `before` as leave room to go on."""
-        room = self.model.config.block_size - self.config.max_new_tokens
-        while True:
-            ids = [self.tokenizer.endoftext, *self.tokenizer.encode(text(before))]
-            if len(ids) <= room or not before:
-                return Prompt([], ids[-room:])
-            before = before[1:]
-
-    def listing(self, some: list[str]) -> Prompt:
-        """A list of instructions, up to the number of the next."""
-        def text(some: list[str]) -> str:
-            items = [self.form.item.format(i, one) for i, one in enumerate([*some, ""], 1)]
-            return "\n".join([self.form.listing, *items]).strip()
-        return self.prompt(some, text)
-
-    def items(self, response: Response) -> list[tuple[str, str]]:
-        """The instructions that go on with a list, each with "" or "cut off"."""
-        number = re.compile(re.escape(self.form.item.format(0, "").strip()).replace("0", r"\d+"))
-        first, *more = response.text.split("\n")
-        more = [line[match.end():] for line in more if (match := number.match(line))]
-        cut = [""] * len(more) + ["" if response.ended else "cut off"]
-        return list(zip(map(str.strip, [first, *more]), cut))
-
-    def go_on(self, prompts: list[Prompt], temperature: float, title: str) -> list[Response]:
-        """Text after each prompt, up to its end, which a blank line is too."""
-        found, seed = [], zlib.crc32(f"{title} {self.config.seed}".encode())
-        for one in respond(self.model, prompts, self.tokenizer, self.config.max_new_tokens,
-                           seed=seed, title=title, stop=self.tokenizer.endoftext,
-                           temperature=temperature):
-            text, ended = self.tokenizer.response_text(one.ids[:-1] if one.ended else one.ids)
-            text, blank, _ = text.partition("\n\n")
-            found.append(Response(one.ids, text, bool(one.ended or ended or blank)))
-        return found
-
-    def prefers(self, prompts: list[Prompt], first: str, second: str) -> list[bool]:
-        """Whether P(first) > P(second) after each prompt."""
-        scores = [sequence_logprobs(self.model, prompts, [Response(
-            self.tokenizer.encode(word), word, False)] * len(prompts), self.tokenizer.pad)
-            for word in (first, second)]
-        return (scores[0] > scores[1]).tolist()
-
-    def shown(self, draw: random.Random, about: int, last: str) -> Prompt:
-        """A new task behind some short seeds. about: 0 asks whether it is a choice, 1 for an input
-        first, 2 for a choice's output first."""
-        form, some = self.form, []
-        if form.shots:
-            some = [seed for seed in self.seeds if len(form.card(seed)) < 300
-                    and (about == 0 or seed.choice == (about == 2))]
-            some = draw.sample(some, min(form.shots, len(some)))
-        before = [form.card(seed) if about else f"{form.task.format(seed.instruction)}\n"
-                  f"{form.is_choice} {'Yes' if seed.choice else 'No'}" for seed in some]
-        return self.prompt(before, lambda shots: "\n\n".join(
-            [text for text in (form.about[about], *shots, last) if text]))
-
-
 # ----------------------------------------------------------------------------- what it writes
 
 def write_instructions(writer: Writer, rounds: int, threshold: float) -> list[dict]:
@@ -343,40 +235,7 @@ def without_contradictions(rows: list[dict]) -> list[dict]:
     return rows
 
 
-# ----------------------------------------------------------------------------- seeds, sets
-
-def read_seeds(path: str) -> list[Task]:
-    """Seed tasks in the paper's layout: rows {"instruction", "instances": [{"input", "output"}],
-    "is_classification"}; of several instances the first. InputError names file and line."""
-    tasks: dict[str, Task] = {}
-    for where, row in read_rows(path):                 # which makes a row of each instance
-        fields = [row.get(name) for name in ("instruction", "input", "output")]
-        if not (all(isinstance(text, str) for text in fields) and "is_classification" in row):
-            raise InputError(f"{where}: expected a seed task, an object with \"instruction\", "
-                             f"\"is_classification\" and \"instances\" of \"input\" and "
-                             f"\"output\"; name a file of such rows with --seeds")
-        instruction, given, answer = map(str.strip, fields)
-        tasks.setdefault(instruction, Task(instruction, given, answer,
-                                           bool(row["is_classification"])))
-    return list(tasks.values())
-
-
 # ----------------------------------------------------------------------------- measuring
-
-def validity(tasks: list[Task]) -> list[float]:
-    """Shares of tasks with a right instruction; with a right input beside it; of these, with a
-    right output (gold ≥ 0.9); of all, with all fields right."""
-    valid = understood = right = 0
-    for task in tasks:
-        valid += kind_of(task.instruction) is not None
-        forms = (f"{task.instruction} {task.given}".strip(), f"{task.given} {task.instruction}",
-                 f"Read this: {task.given} {task.instruction}")
-        asked = next(filter(town.understand, map(town.conversation, forms)), None)
-        understood += asked is not None
-        right += asked is not None and gold_score(asked, task.answer) >= GOOD
-    shares = (valid, understood, right * len(tasks) / max(1, understood), right)
-    return [share / len(tasks) for share in shares]
-
 
 def people(path: str, count: int = 2000) -> list[float]:
     """The same of people's demonstrations."""
@@ -427,27 +286,6 @@ def by_kind(folders: dict[str, str], config: Config, run) -> dict[str, dict[str,
 
 
 # ----------------------------------------------------------------------------- the command
-
-def made(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
-    """The rows of a file, made if it is not there."""
-    if not path.exists():
-        write_text(path, "".join(json.dumps(row) + "\n" for row in make()))
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def refuse_others(config: Config, source: str) -> None:
-    """InputError if what is in the folder was made with other settings or by another model."""
-    weights, path = Path(source) / "model.pt", Path(config.out) / "settings.json"
-    places = ("run", "out", "device", "dtype")
-    now = {"model": zlib.crc32(weights.read_bytes()) if weights.exists() else source}
-    now |= {field: value for field, value in asdict(config).items() if field not in places}
-    before = json.loads(path.read_text()) if path.exists() else now
-    for field, value in now.items():
-        if before.get(field) != value:
-            raise InputError(f"{config.out}: made with {field} {before.get(field)}, not {value}; "
-                             f"remove that folder, or name another --out")
-    write_json(path, now)
-
 
 def write_tasks(config: Config, run) -> tuple[Writer, list[Task]]:
     """The writer, and the tasks of its own that passed; what is there is not made anew."""

@@ -7,10 +7,12 @@ that never ends.
 """
 import json
 import statistics
-from dataclasses import replace
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from common.run import load_gpt, start, write_json
+from common.run import InputError, load_gpt, start, write_json, write_text
 from data.batches import read_prompt_rows
 from data.tinytown.report import markdown, rounded
 from evaluate import Config, Policy, Sitting, figures, sit
@@ -121,6 +123,27 @@ def again(out: str) -> dict[str, bool]:
     off goes on."""
     begun = any((Path(out) / "resume").glob("step_*.pt"))
     return {"overwrite": True} if (Path(out) / "final.json").exists() else {"resume": begun}
+
+
+def made(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
+    """The rows of a file, made if it is not there."""
+    if not path.exists():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in make()))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refuse_others(config, source: str) -> None:
+    """InputError if what is in the folder was made with other settings or by another model."""
+    weights, path = Path(source) / "model.pt", Path(config.out) / "settings.json"
+    places = ("run", "out", "device", "dtype")
+    now = {"model": zlib.crc32(weights.read_bytes()) if weights.exists() else source}
+    now |= {field: value for field, value in asdict(config).items() if field not in places}
+    before = json.loads(path.read_text()) if path.exists() else now
+    for field, value in now.items():
+        if before.get(field) != value:
+            raise InputError(f"{config.out}: made with {field} {before.get(field)}, not {value}; "
+                             f"remove that folder, or name another --out")
+    write_json(path, now)
 
 
 def measured(train, config, name: str) -> dict[str, dict]:

@@ -176,7 +176,7 @@ def test_seeds_are_good_and_of_the_kinds_that_are_shown():
     assert {system.kind_of(task.instruction) for task in tasks} == {
         family.name for family in tasks_of_town.single_turn()} - set(system.UNSEEN)
     assert set(system.UNSEEN) < {family.name for family in tasks_of_town.single_turn()}
-    assert not any(map(system.leaks, tasks)) and system.town_seeds(2) != tasks
+    assert not any(map(tasks_of_town.leaks, tasks)) and system.town_seeds(2) != tasks
     assert system.validity(tasks) == [1, 1, 1, 1]
     # A false answer spoils its task alone; an instruction that is none, its input and output too.
     assert system.validity([tasks[0]._replace(answer="No."), *tasks[1:4]]) == [1, 1, 0.75, 0.75]
@@ -197,7 +197,7 @@ def test_no_demonstration_is_held_out():
     draw = random.Random(0)
     tasks = seeds() + [Task(f"{draw.choice(town.PREFIXES)}{one.stem}", one.given, "No.")
                        for one in (talk.heard(draw, single=True) for _ in range(300))]
-    kept = [task for task in tasks if not system.leaks(task)]
+    kept = [task for task in tasks if not tasks_of_town.leaks(task)]
     for task in kept:
         for _ in range(4):
             asked = system.conversation(task, draw)["messages"][0]["content"]
@@ -535,7 +535,7 @@ MUTANTS = [
     (system, "fault", "parts of words", Edit(r"\b{re.escape(word)}\b", "{re.escape(word)}"),
      CASES["Say what a mapping is"]),
     (system, "fault", "of one case", Edit(", re.IGNORECASE", ""), CASES["Find the MAP of town"]),
-    (system, "leaks", "nothing is held out", lambda task: False,
+    (tasks_of_town, "leaks", "nothing is held out", lambda task: False,
      test_no_demonstration_is_held_out),
     (system, "conversation", "beginnings that are held out",
      Edit("for form in forms if not held_out(form)", "for form in forms"),

@@ -4,6 +4,7 @@
     conversation  a task as a demonstration, by one of several templates
     kind_of       which kind of task an instruction asks for, whatever its input
     leaks         whether it is held out for validation or test, whichever way round it stands
+    validity      shares of tasks that are right, field by field
 """
 import random
 import re
@@ -12,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from data.tinytown import town
+from data.tinytown.gold import gold_score
 from data.tinytown.talk import INPUTS, held_out, split_given, without_prefix
 
 # Kinds of task without a seed, some of nearly every use case.
@@ -84,3 +86,18 @@ def stems() -> list[tuple[str, re.Pattern]]:
 def kind_of(instruction: str) -> str | None:
     """The kind of task that an instruction asks for, whatever its input; None: not the town's."""
     return next((kind for kind, stem in stems() if stem.fullmatch(instruction)), None)
+
+
+def validity(tasks: list[Task], good: float = 0.9) -> list[float]:
+    """Shares of tasks with a right instruction; with a right input beside it; of these, with a
+    right output (gold ≥ good); of all, with all fields right."""
+    valid = understood = right = 0
+    for task in tasks:
+        valid += kind_of(task.instruction) is not None
+        forms = (f"{task.instruction} {task.given}".strip(), f"{task.given} {task.instruction}",
+                 f"Read this: {task.given} {task.instruction}")
+        asked = next(filter(town.understand, map(town.conversation, forms)), None)
+        understood += asked is not None
+        right += asked is not None and gold_score(asked, task.answer) >= good
+    shares = (valid, understood, right * len(tasks) / max(1, understood), right)
+    return [share / len(tasks) for share in shares]
