@@ -50,7 +50,7 @@ class Config(Flags):
 
 
 PRESETS = {
-    "tinytown": dict(epochs=3, lr=1.5e-3, batch_size=32),
+    "tinytown": dict(epochs=4, lr=2e-3, batch_size=32),
     "lima": dict(epochs=15, lr=1e-5, final_lr=0.1, warmup=0, batch_size=32, weight_decay=0.1,
                  dropout=0.3),
     "cpu": dict(device="cpu", dtype="float32"),           # the others: GPT-2's weights
