@@ -37,7 +37,7 @@ from data.tinytown.teachers import demonstrations
 from data.tinytown.town import understand
 from rollout import respond
 from systems import plots
-from systems.table import again, compare, inside
+from systems.table import again, compare, fresh, inside
 
 
 @dataclass(slots=True)
@@ -123,11 +123,11 @@ def sets_of(pool: list[dict], scores: list[float], draw: random.Random) -> dict[
 
 def fit(name: str, rows: list[dict], config: Config) -> str:
     """SFT of the base on a set, about as many updates as for the others; not anew where the same
-    rows were trained on. Returns its folder."""
+    rows were trained on, from the same base. Returns its folder."""
     out, text = f"{config.out}/{name}", as_lines(rows)
     path = Path(f"{out}.jsonl")
     same = path.exists() and path.read_text() == text
-    if not same or not Path(f"{out}/final.json").exists():
+    if not same or not fresh(f"{out}/final.json", f"{config.run}/base/model.pt"):
         write_text(path, text)
         train_sft.train(train_sft.Config(
             data=(str(path),), val=f"{config.run}/data/sft_val.jsonl",

@@ -125,6 +125,13 @@ def again(out: str) -> dict[str, bool]:
     return {"overwrite": True} if (Path(out) / "final.json").exists() else {"resume": begun}
 
 
+def fresh(path: str | Path, *sources: str | Path) -> bool:
+    """Whether a file is there, and no older than what it comes from."""
+    path = Path(path)
+    return path.exists() and all(Path(source).stat().st_mtime <= path.stat().st_mtime
+                                 for source in sources)
+
+
 def made(path: Path, make: Callable[[], list[dict]]) -> list[dict]:
     """The rows of a file, made if it is not there."""
     if not path.exists():

@@ -1,5 +1,6 @@
 """LIMA: votes, choice by use case, the sets of the table."""
 import json
+import os
 import random
 
 import pytest
@@ -123,6 +124,9 @@ def test_the_command_end_to_end(town, tmp_path, capsys):
     stamp = (home / "voted_250/model.pt").stat().st_mtime_ns
     lima.measure(config)                                    # what is trained is not trained anew
     assert (home / "voted_250/model.pt").stat().st_mtime_ns == stamp
+    os.utime(town / "base/model.pt")                        # … unless the base is a newer one
+    lima.measure(config)
+    assert (home / "voted_250/model.pt").stat().st_mtime_ns > stamp
     with pytest.raises(InputError, match="--only nonsense: expected some of all_10000"):
         lima.measure(lima.Config(run=str(tmp_path), pool=8000, only=("nonsense",)))
 
