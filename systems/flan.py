@@ -6,10 +6,11 @@
       → on some of four elements of a task's description      → tune_on_schema
     good demonstrations of the town in six groups
       → SFT on one group alone and on mixtures of all         → tune_on_mixtures
+
     p_i = min(n_i, cap)^(1/τ) / Σ_j min(n_j, cap)^(1/τ)                     → mixing_weights
 
-The points of a part have equally many updates and rows; every row of games is a new game. Exact
-match, greedily, on other games; for mixtures the gold score.
+The points of a part have equally many updates and rows; games are drawn anew for every row and for
+every question. Exact match, greedily; for mixtures the gold score.
 The town's own 38 kinds of instruction are too few to carry over to kinds that no row shows; hence
 games (data/tinytown/games.py). A cluster there is a rule and a kind of word; one that is held out
 is a new pair of a rule and a kind, each of which other clusters teach. That is milder than FLAN.
@@ -33,7 +34,7 @@ from data.tinytown.report import load_pyplot, markdown, rounded, save_plot
 from evaluate import TEMPERATURES
 from rollout import respond
 from systems.lima import as_lines
-from systems.table import again, inside
+from systems.table import again, fresh, inside
 
 CLUSTERS, PHRASINGS, ALONE = (2, 4, 8, 16, 32), (1, 2, 4, 8), ("generation", "chat", "edits")
 SIDES = {"seen": games.SEEN, "held out": games.HELD_OUT}
@@ -55,7 +56,7 @@ class Config(DeviceFlags):
     mix_steps: int = 300           # updates on 32 demonstrations each
     mix_lr: float = 2e-3           # peak
     pool: int = 2000               # demonstrations that mixtures are drawn from
-    cap: int = 150                 # of a group, in the capped mixture (FLAN: 3,000)
+    cap: int = 400                 # of a group, in the capped mixture; generation has 900 or so
 
 
 LIMITS = dict(steps=(1, 10**6), asked=(16, 10**6), mix_steps=(1, 10**6), cap=(1, 10**7),
@@ -87,7 +88,8 @@ def tune(name: str, rows: list[dict], config: Config, lr: float):
     """The base after SFT on each row once; not anew where the same rows were trained on."""
     out, text = f"{config.out}/{name}", as_lines(rows)
     path, val = Path(f"{out}.jsonl"), Path(f"{config.out}/val.jsonl")
-    if not (path.exists() and path.read_text() == text and Path(f"{out}/final.json").exists()):
+    same = path.exists() and path.read_text() == text
+    if not same or not fresh(f"{out}/final.json", f"{config.run}/base/model.pt"):
         write_text(path, text)
         write_text(val, as_lines(rows[:32]))               # one has to be there; it is not used
         train_sft.train(train_sft.Config(

@@ -3,13 +3,14 @@ import json
 import math
 import random
 import re
+from collections import Counter
 
 import pytest
 from test_mutants import Edit, catching
 
 from common.errors import InputError
 from data.tinytown import games
-from data.tinytown.town import FAMILIES, conversation, split_of, understand
+from data.tinytown.town import FAMILIES, conversation, instructions, split_of, understand
 from data.tokenizer import get_tokenizer
 from systems import flan
 
@@ -195,6 +196,14 @@ def test_descriptions_fit_and_bad_examples_are_wrong():
 def test_every_use_case_is_in_one_group():
     assert set(flan.GROUPS) == {family.use_case for family in FAMILIES}
     assert set(flan.ALONE) <= set(flan.GROUPS.values())
+
+
+def test_the_cap_stands_between_proportional_and_equal():
+    """It cuts the largest group and no other."""
+    config = flan.Config()
+    cases = [family.use_case for _, family, _ in instructions("sft", config.pool, config.seed)]
+    sizes = sorted(Counter(flan.GROUPS[case] for case in cases).values())
+    assert sizes[-2] < config.cap < sizes[-1]
 
 
 # ----------------------------------------------------------------------------- the command
