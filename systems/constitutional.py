@@ -48,7 +48,7 @@ from systems.table import again, compare, inside
 class Config(DeviceFlags):
     run: str = "out/tinytown"      # Tinytown run: its data, base and rank are read
     out: str = ""                  # empty: systems/constitutional inside run
-    epochs: int = 3                # of the helpful-only model, as the run's SFT
+    epochs: int = 3                # of the helpful-only model
     lr: float = 1.5e-3             # its peak
     red: int = 300                 # red-team prompts of each stage (paper: 182,831)
     rounds: int = 4                # of critique and revision (paper: 4)
