@@ -2,8 +2,9 @@
 
     gold = helpful · harmless · well formed · (1 + honest) / 2                      each in [0, 1]
 
-The gold score plays the human. Nothing that trains sees it, except through the annotators' rankings
-and in `systems.grpo --verifier`; evaluation reads it to say what each step of the pipeline bought.
+The gold score plays the human. Nothing that trains sees it, except through the annotators'
+rankings, in `systems.grpo --verifier` and in what the rater of `systems.backtranslation` practises
+on; evaluation reads it to say what each step of the pipeline bought.
 """
 import random
 import re
