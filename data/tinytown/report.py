@@ -222,7 +222,7 @@ def gold_plot(pyplot, report: dict):
     middle.axhline(50, color="black", linewidth=1)
     middle.set(title="wins against SFT at the same temperature, %", xlabel="temperature",
                ylim=(0, 100))
-    left.legend(fontsize=7, loc="upper center", ncols=3)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=8)
     for name in ("base_prompted", "sft", "ppo", "dpo"):
         if name in report["policies"]:
             cases = report["policies"][name]["at"]["0"]["use_cases"]
