@@ -33,8 +33,8 @@ from data.tinytown.pairs import RATED, TURNED, practice, turned, unlabelled, wor
 from data.tinytown.report import load_pyplot, markdown, rounded, save_plot
 from data.tinytown.tasks import Task, conversation, leaks, town_seeds
 from rollout import respond
-from systems.self_instruct import by_kind
 from systems.table import again, compare, inside, made, refuse_others
+from systems.written import by_kind
 
 GOOD = 0.8                         # gold of a good pair
 SIZES = (150,)                     # augmented pairs in the figure, beside as many as were kept

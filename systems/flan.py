@@ -14,8 +14,8 @@ every question. Exact match, greedily; for mixtures the gold score.
 The town's own 38 kinds of instruction are too few to carry over to kinds that no row shows; hence
 games (data/tinytown/games.py). A cluster there is a rule and a kind of word; one that is held out
 is a new pair of a rule and a kind, each of which other clusters teach. That is milder than FLAN.
-Differences from the papers: 0.7 million parameters and no other size, so nothing on scale (FLAN
-harms models below 8 billion); no pretraining mix; mixtures are drawn with repetition.
+Differences from the papers: 0.7 million parameters and, where the run has a larger base, 4 million
+(FLAN: tuning harms models below 8 billion); no pretraining mix; mixtures are drawn with repetition.
 
     python -m systems.flan --run out/tinytown
 """
@@ -36,7 +36,8 @@ from rollout import respond
 from systems.lima import as_lines
 from systems.table import again, fresh, inside
 
-CLUSTERS, PHRASINGS, ALONE = (2, 4, 8, 16, 32), (1, 2, 4, 8), ("generation", "chat", "edits")
+CLUSTERS, LARGER, PHRASINGS = (2, 4, 8, 16, 32), (8, 32), (1, 2, 4, 8)   # how many
+ALONE = ("generation", "chat", "edits")
 SIDES = {"seen": games.SEEN, "held out": games.HELD_OUT}
 # What is told of a task beside its text; the last is all but the definition.
 SCHEMAS = (("definition",), ("definition", "avoid"), ("definition", "avoid", "good"),
@@ -52,6 +53,7 @@ class Config(DeviceFlags):
     out: str = ""                  # empty: systems/flan inside run
     steps: int = 450               # updates on 32 games each
     lr: float = 4e-3               # peak; pretraining's: to find words in a text is new to the base
+    large_lr: float = 1.6e-3       # of the larger base; also pretraining's
     asked: int = 480               # games that a figure is measured on
     mix_steps: int = 300           # updates on 32 demonstrations each
     mix_lr: float = 2e-3           # peak
@@ -84,16 +86,17 @@ def threshold(curve: dict[int, float]) -> int:
     return next(n for n, value in curve.items() if abs(value - first) >= abs(last - first) / 2)
 
 
-def tune(name: str, rows: list[dict], config: Config, lr: float):
-    """The base after SFT on each row once; not anew where the same rows were trained on."""
+def tune(name: str, rows: list[dict], config: Config, lr: float, base: str = "base"):
+    """A base of the run after SFT on each row once; not anew where the same rows were trained
+    on."""
     out, text = f"{config.out}/{name}", as_lines(rows)
     path, val = Path(f"{out}.jsonl"), Path(f"{config.out}/val.jsonl")
     same = path.exists() and path.read_text() == text
-    if not same or not fresh(f"{out}/final.json", f"{config.run}/base/model.pt"):
+    if not same or not fresh(f"{out}/final.json", f"{config.run}/{base}/model.pt"):
         write_text(path, text)
         write_text(val, as_lines(rows[:32]))               # one has to be there; it is not used
         train_sft.train(train_sft.Config(
-            data=(str(path),), val=str(val), init=f"{config.run}/base", out=out, epochs=1,
+            data=(str(path),), val=str(val), init=f"{config.run}/{base}", out=out, epochs=1,
             lr=lr, warmup=20, seed=config.seed, device=config.device, dtype=config.dtype,
             **again(out)))
     return start(config).freeze(load_gpt(out)[0])
@@ -109,19 +112,24 @@ def exact_match(model, rows: list[dict], config: Config) -> float:
 
 
 def tune_on_clusters(config: Config) -> tuple[dict[str, dict], object]:
-    """FLAN: exact match by the number of clusters, and the model of all of them."""
+    """FLAN: exact match by the number of clusters, of the larger base too where the run has one;
+    and the small model of all of them."""
     order, draw = list(games.SEEN), random.Random(f"clusters-{config.seed}")
     draw.shuffle(order)
     held, found = games.rows_of(draw, games.HELD_OUT, config.asked, range(8)), {}
     for count in CLUSTERS:
         rows = games.rows_of(draw, order[:count], 32 * config.steps, range(8))
         own = games.rows_of(draw, order[:count], config.asked, range(8))
-        model = tune(f"clusters_{count}", rows, config, config.lr)
-        each = {name: exact_match(model, held[i::len(games.HELD_OUT)], config)
-                for i, name in enumerate(games.HELD_OUT)}
-        found[str(count)] = {"seen": exact_match(model, own, config),
-                             "held out": statistics.mean(each.values()), **each}
-    return found, model
+        models = {str(count): tune(f"clusters_{count}", rows, config, config.lr)}
+        if count in LARGER and (Path(config.run) / "base_large/final.json").exists():
+            models[f"{count}, larger"] = tune(f"clusters_{count}_larger", rows, config,
+                                              config.large_lr, "base_large")
+        for name, model in models.items():
+            each = {cluster: exact_match(model, held[i::len(games.HELD_OUT)], config)
+                    for i, cluster in enumerate(games.HELD_OUT)}
+            found[name] = {"seen": exact_match(model, own, config),
+                           "held out": statistics.mean(each.values()), **each}
+    return found, models[str(count)]
 
 
 def tune_on_phrasings(all_of_them, config: Config) -> dict[str, list[float]]:
@@ -187,8 +195,11 @@ def tune_on_mixtures(config: Config) -> dict[str, dict[str, float]]:
 def draw_figure(pyplot, clusters: dict[str, dict], boxes: dict[str, list[float]]):
     """Exact match over the number of clusters; boxes over unseen phrasings."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
-    for kind in SIDES:
-        left.plot(list(clusters), [one[kind] for one in clusters.values()], "o-", label=kind)
+    for kind, color in zip(SIDES, ("C0", "C1")):
+        for more, counts, line in (("", CLUSTERS, "o-"), (", larger", LARGER, "s--")):
+            points = [(n, clusters[f"{n}{more}"][kind]) for n in counts if f"{n}{more}" in clusters]
+            if points:
+                left.plot(*zip(*points), line, color=color, label=kind + more)
     left.set(xlabel="clusters tuned on", ylabel="exact match, T = 0", ylim=(0, 1))
     left.legend()
     right.boxplot(list(boxes.values()), tick_labels=list(boxes), whis=(0, 100))
@@ -209,7 +220,7 @@ def measure(config: Config) -> dict:
     for name, rows in tables.items():
         head = [name, *next(iter(rows.values()))]
         print(markdown(head, [[row, *values.values()] for row, values in rows.items()]))
-    turn = threshold({int(count): one["held out"] for count, one in clusters.items()})
+    turn = threshold({count: clusters[str(count)]["held out"] for count in CLUSTERS})
     print(f"half of the gain on held-out clusters is there from {turn} clusters on")
     write_json(Path(config.out) / "table.json", rounded(tables | {"unseen": boxes}), indent=1)
     if pyplot := load_pyplot():

@@ -31,26 +31,19 @@ as there); the judge of what is valid is a rule.
     python -m systems.self_instruct --init smollm2 --seeds seed_tasks.jsonl --rounds 2 --lists 16 \\
                                     --max_new_tokens 160
 """
-import json
 import random
 import re
 import string
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.run import DeviceFlags, InputError, load_gpt, main, start, write_json
-from data.batches import read_prompt_rows
-from data.tinytown import town
-from data.tinytown.gold import gold_score, gold_scores
-from data.tinytown.report import load_pyplot, markdown, rounded, save_plot
-from data.tinytown.tasks import UNSEEN, Task, conversation, kind_of, town_seeds, validity
-from evaluate import GOOD
-from rollout import respond
-from systems import plots
+from common.run import DeviceFlags, InputError, load_gpt, main, start
+from data.tinytown.tasks import Task, conversation, town_seeds
 from systems.lima import fit
-from systems.table import compare, made, refuse_others
+from systems.table import made, refuse_others
 from systems.writer import BLOCKLIST, PAPER, TOWN, Form, Writer, read_seeds
+from systems.written import counted, report
 
 SEEDS, SIZES = 175, (250, 1000)    # seed tasks; instructions of its own beside them, before all
 SHOWN, OWN = 4, 1                  # instructions of a prompt, and how many of them are its own
@@ -235,56 +228,6 @@ def without_contradictions(rows: list[dict]) -> list[dict]:
     return rows
 
 
-# ----------------------------------------------------------------------------- measuring
-
-def people(path: str, count: int = 2000) -> list[float]:
-    """The same of people's demonstrations."""
-    rows = [json.loads(line)["messages"] for line in open(path)][:count]
-    right = sum(gold_score(asked, one["content"]) >= GOOD for *asked, one in rows) / len(rows)
-    return [1.0, 1.0, right, right]
-
-
-def novelty(rows: list[dict]) -> list[list[str]]:
-    """A line for each threshold: instructions kept, share of them that is valid, kinds of task."""
-    lines = []
-    for threshold in dict.fromkeys(row["threshold"] for row in rows):
-        kinds = [kind_of(row["instruction"]) for row in rows
-                 if row["threshold"] == threshold and row["verdict"] == "keep"]
-        known = set(kinds) - {None}
-        valid = sum(kind is not None for kind in kinds) / max(1, len(kinds))
-        lines.append([f"{threshold:g}", str(len(kinds)), f"{valid:.2f}", str(len(known)),
-                      str(len(known & set(UNSEEN)))])
-    return lines
-
-
-def counted(rows: list[dict], by: str) -> str:
-    """How many rows of each verdict, a line for each value of `by`, as a table."""
-    verdicts = [verdict for verdict, _ in Counter(row["verdict"] for row in rows).most_common()]
-    found = Counter((row[by], row["verdict"]) for row in rows)
-    return markdown([by, *verdicts], [[str(value), *(str(found[value, one]) for one in verdicts)]
-                                      for value in dict.fromkeys(row[by] for row in rows)])
-
-
-def by_kind(folders: dict[str, str], config: Config, run) -> dict[str, dict[str, float]]:
-    """Gold of each policy at T = 0 and T = 1 on kinds of task that the seeds show, on the others,
-    and on conversations."""
-    found = {}
-    for name, folder in folders.items():
-        model, tokenizer = load_gpt(folder)
-        model, found[name] = run.freeze(model), {}
-        prompts = read_prompt_rows((f"{config.run}/data/test.jsonl",), tokenizer, 80)
-        for t in (0.0, 1.0):
-            answers = respond(model, prompts, tokenizer, 48, seed=config.seed, temperature=t)
-            gold = defaultdict(list)
-            for prompt, score in zip(prompts, gold_scores(prompts, answers)):
-                kind = ("conversations" if len(prompt.messages) > 1 else "other kinds"
-                        if town.understand(prompt.messages)[0].name in UNSEEN else "seed kinds")
-                gold[kind].append(score)
-            for kind in ("seed kinds", "other kinds", "conversations"):
-                found[name][f"{kind}, T = {t:g}"] = sum(gold[kind]) / max(1, len(gold[kind]))
-    return rounded(found)
-
-
 # ----------------------------------------------------------------------------- the command
 
 def write_tasks(config: Config, run) -> tuple[Writer, list[Task]]:
@@ -338,7 +281,7 @@ def repeats(own: int, seeds: int, share: float) -> int:
 
 
 def measure(config: Config) -> dict:
-    """Everything; writes table.json and gold.png into out."""
+    """Everything; with the town's seeds also what it is worth (written.report)."""
     run, form = start(config, LIMITS), PAPER if config.seeds else TOWN
     place = "out/self_instruct" if config.seeds else f"{config.run}/systems/self_instruct"
     config = replace(config, out=config.out or place, threshold=config.threshold or form.threshold)
@@ -346,33 +289,10 @@ def measure(config: Config) -> dict:
     if config.seeds:
         print(f"written: {config.out}/instances.jsonl, {len(tasks)} to keep")
         return {"tasks": len(tasks)}
-    home = Path(config.out)
-    rows = made(home / "thresholds.jsonl", lambda: [
+    rows = made(Path(config.out) / "thresholds.jsonl", lambda: [
         {"threshold": threshold} | row for threshold in (0.7, 0.8, 0.9)
         for row in write_instructions(writer, min(4, config.rounds), threshold)])
-    print("The first rounds, by the threshold of ROUGE-L:\n\n" + markdown(
-        ["kept below", "kept", "valid", "kinds", "of them without a seed"], novelty(rows)))
-    fields = {"own": validity(tasks), "people's": people(f"{config.run}/data/sft.jsonl"),
-              "GPT-3's, in the paper": [0.92, 0.79, 0.58, 0.54]}
-    print("Shares that are right (the paper's outputs: of all):\n\n" + markdown(
-        ["tasks", "instruction", "with input", "output, of these", "all"],
-        [[name, *shares] for name, shares in fields.items()]))
-    folders = tune(writer, tasks)
-    names = {Path(folder).name: folder for folder in folders.values()}
-    seconds = {name: json.loads((home / name / "final.json").read_text())["seconds"]
-               for name in names}
-    found = compare(config, names, seconds)
-    kinds = by_kind({"sft": f"{config.run}/sft", **names}, config, run)
-    kinds = {name: {f"all, T = {t}": found[name]["gold"][t] for t in ("0", "1")} | row
-             for name, row in kinds.items()}
-    print(markdown(["gold", *kinds["sft"]], [[name, *row.values()] for name, row in kinds.items()]))
-    write_json(home / "table.json", rounded({
-        "table": found, "kinds": kinds, "fields": fields, "novelty": novelty(rows)}), indent=1)
-    if pyplot := load_pyplot():
-        sizes = {size: kinds[Path(folder).name] for size, folder in folders.items()}
-        save_plot(plots.size_curve(pyplot, sizes, kinds["sft"]), home / "gold.png")
-        pyplot.close("all")
-    return found
+    return report(tasks, rows, tune(writer, tasks), config, run)
 
 
 if __name__ == "__main__":

@@ -211,10 +211,13 @@ def test_the_cap_stands_between_proportional_and_equal():
 @pytest.fixture(scope="module")
 def measured(town, tmp_path_factory):
     """(figures, folder, config) of a run of two updates a model."""
-    out = tmp_path_factory.mktemp("flan")
-    config = flan.Config(run=str(town), out=str(out), steps=2, mix_steps=2, asked=16, pool=100)
+    out, home = tmp_path_factory.mktemp("flan"), tmp_path_factory.mktemp("run")
+    for name, source in {"base": "base", "base_large": "base", "data": "data"}.items():
+        (home / name).symlink_to(town / source)
+    config = flan.Config(run=str(home), out=str(out), steps=2, mix_steps=2, asked=16, pool=100)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flan, "CLUSTERS", (2, 32))
+        patch.setattr(flan, "LARGER", (32,))
         patch.setattr(flan, "PHRASINGS", (1, 8))
         patch.setattr(flan, "SCHEMAS", flan.SCHEMAS[3:4])
         patch.setattr(flan, "ALONE", ("edits",))
@@ -229,7 +232,7 @@ def measured(town, tmp_path_factory):
 def test_the_command_end_to_end(measured):
     found, out, _ = measured
     written = json.loads((out / "table.json").read_text())
-    assert list(written["clusters"]) == ["2", "32"]
+    assert list(written["clusters"]) == ["2", "32", "32, larger"]
     assert list(written["phrasings"]) == ["1, seen", "1, held out", "8, seen", "8, held out"]
     assert all(len(values) == 10 for values in written["unseen"].values())
     assert list(written["mixture"]) == ["edits alone", "proportional", "capped", "equal"]
@@ -244,7 +247,14 @@ def rows_in(path) -> list[dict]:
 def test_the_points_of_a_part_have_equally_many_rows(measured):
     _, out, _ = measured
     files = [path for path in out.glob("*.jsonl") if path.name != "val.jsonl"]
-    assert len(files) == 2 + 1 + 1 + 4 and {len(rows_in(path)) for path in files} == {64}
+    assert len(files) == 3 + 1 + 1 + 4 and {len(rows_in(path)) for path in files} == {64}
+
+
+def test_the_larger_base_is_tuned_on_the_same_rows(measured):
+    _, out, _ = measured
+    assert (out / "clusters_32.jsonl").read_text() == (out / "clusters_32_larger.jsonl").read_text()
+    written = json.loads((out / "clusters_32_larger/config.json").read_text())["run"]
+    assert written["init"].endswith("base_large") and written["lr"] == flan.Config().large_lr
 
 
 def test_no_prompt_of_validation_or_test_is_trained_on(measured):

@@ -173,14 +173,15 @@ def seeds() -> list[Task]:
 def test_seeds_are_good_and_of_the_kinds_that_are_shown():
     tasks = seeds()
     assert len(tasks) == len({task[:2] for task in tasks}) == system.SEEDS
-    assert {system.kind_of(task.instruction) for task in tasks} == {
-        family.name for family in tasks_of_town.single_turn()} - set(system.UNSEEN)
-    assert set(system.UNSEEN) < {family.name for family in tasks_of_town.single_turn()}
+    assert {tasks_of_town.kind_of(task.instruction) for task in tasks} == {
+        family.name for family in tasks_of_town.single_turn()} - set(tasks_of_town.UNSEEN)
+    assert set(tasks_of_town.UNSEEN) < {family.name for family in tasks_of_town.single_turn()}
     assert not any(map(tasks_of_town.leaks, tasks)) and system.town_seeds(2) != tasks
-    assert system.validity(tasks) == [1, 1, 1, 1]
+    assert tasks_of_town.validity(tasks) == [1, 1, 1, 1]
     # A false answer spoils its task alone; an instruction that is none, its input and output too.
-    assert system.validity([tasks[0]._replace(answer="No."), *tasks[1:4]]) == [1, 1, 0.75, 0.75]
-    found = system.validity([tasks[0]._replace(instruction="Where is my?"), *tasks[1:4]])
+    found = tasks_of_town.validity([tasks[0]._replace(answer="No."), *tasks[1:4]])
+    assert found == [1, 1, 0.75, 0.75]
+    found = tasks_of_town.validity([tasks[0]._replace(instruction="Where is my?"), *tasks[1:4]])
     assert found == [0.75, 0.75, 1, 0.75]
 
 
@@ -188,8 +189,8 @@ def test_every_stem_of_the_town_is_of_its_kind():
     draw = random.Random(3)
     for _ in range(300):
         heard = talk.heard(draw, single=True)
-        assert system.kind_of(heard.stem) == heard.family.name
-    assert system.kind_of("What is the job of two ideas?") is None
+        assert tasks_of_town.kind_of(heard.stem) == heard.family.name
+    assert tasks_of_town.kind_of("What is the job of two ideas?") is None
 
 
 def test_no_demonstration_is_held_out():
