@@ -5,6 +5,7 @@
     python sample.py --init out/tinytown/base --raw true --prompt "Ada lives"    # plain text
     python sample.py --init out/tinytown/ppo --data out/tinytown/data/test.jsonl --count 5 \\
                      --reward out/tinytown/rm --ref out/tinytown/sft
+        # with --html rollouts.html also a page: tokens coloured by KL, advantage and reward
 
 An empty line ends the chat.
 """
@@ -20,6 +21,7 @@ from data.readers import read_prompts
 from data.tokenizer import Tokenizer
 from model import GPT, stream
 from rollout import model_reward, respond, sequence_logprobs
+from systems.rollouts import token_numbers, write_page
 
 
 @dataclass(slots=True)
@@ -31,6 +33,8 @@ class Config(DeviceFlags):
     count: int = 8                 # how many of them
     reward: str = ""               # reward-model checkpoint that scores the answers
     ref: str = ""                  # reference checkpoint that their KL is measured from
+    html: str = ""                 # page of data's answers, token by token (systems/rollouts.py)
+    beta: float = 0.05             # KL coefficient of that page's rewards, as in train_ppo.py
     max_new_tokens: int = 48
     temperature: float = 1.0       # 0 takes the most likely token each time
     top_k: int = 0                 # 0: all
@@ -38,7 +42,7 @@ class Config(DeviceFlags):
 
 
 LIMITS = dict(count=(1, 10**9), max_new_tokens=(1, 10**6), temperature=(0, 100),
-              top_k=(0, 10**9), top_p=(1e-9, 1))
+              top_k=(0, 10**9), top_p=(1e-9, 1), beta=(0, 100))
 NEEDED = dict(init="name a checkpoint folder, such as out/tinytown/ppo")
 
 
@@ -94,8 +98,13 @@ def print_samples(run, model: GPT, tokenizer: Tokenizer, config: Config) -> None
     responses = respond(model, prompts, tokenizer, config.max_new_tokens, seed=config.seed,
                         **sampling(config))
     columns: dict[str, list[float]] = {}
+    ref = reward_model = None
     if config.reward:
         reward_model, its_tokenizer = load_reward_model(config.reward)
+        if config.html and its_tokenizer.name != tokenizer.name:
+            raise InputError(f"--reward {config.reward}: reads the {its_tokenizer.name} "
+                             f"vocabulary, and cannot value {tokenizer.name} token by token; "
+                             f"leave --html or --reward out")
         reward = model_reward(run.freeze(reward_model), its_tokenizer, tokenizer)
         columns["reward"] = reward(prompts, responses)
     if config.ref:
@@ -107,6 +116,12 @@ def print_samples(run, model: GPT, tokenizer: Tokenizer, config: Config) -> None
         print(" / ".join(message["content"] for message in prompt.messages))
         numbers = "".join(f"   {name} {values[i]:.2f}" for name, values in columns.items())
         print(f"  → {response.text}{numbers}")
+    if config.html:
+        names = dict(init=config.init, ref=config.ref, reward=config.reward, β=str(config.beta))
+        each = token_numbers(model, ref, reward_model, columns.get("reward", []), prompts,
+                             responses, tokenizer.pad, config.beta, config.temperature or 1.0)
+        write_page(config.html, names, prompts, responses, tokenizer, each)
+        print(f"wrote {config.html}")
 
 
 def talk(config: Config) -> None:
@@ -119,6 +134,8 @@ def talk(config: Config) -> None:
         raise InputError(f"--max_new_tokens {config.max_new_tokens}: the model's context is "
                          f"{model.config.block_size} tokens")
     generator = torch.Generator(run.device).manual_seed(config.seed)
+    if config.html and not config.data:
+        raise InputError("--html: shows answers to --data; name one or more files of prompts")
     if config.data:
         print_samples(run, model, tokenizer, config)
     elif config.prompt or config.raw:
