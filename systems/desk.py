@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from common.files import try_lock, write_text
+from common.files import try_lock, write_atomically
 from common.run import InputError, write_json
 from data.readers import converted, ranking
 from data.rows import describe, is_objects, parse_json
@@ -58,6 +58,11 @@ def scores_of_ranks(ranks: list[int]) -> list[float]:
 
 
 # ----------------------------------------------------------------------------- the file
+
+def line_of(row: dict) -> bytes:
+    """A row as its line in the file."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+
 
 class Labels:
     """The rows of a file of labels that this process alone may change. InputError if another one
@@ -112,7 +117,7 @@ class Labels:
         """Append a row; it is on the disk, whole, when this returns. OSError, as of a full disk:
         the file is as before."""
         converted(ranking, row, "the label")           # what is written can be read
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = line_of(row)
         with open(self.path, "ab", buffering=0) as file:
             end = file.tell()
             try:
@@ -128,8 +133,8 @@ class Labels:
         """Take back a row. OSError: the file is as before."""
         rows = [row for row in self.rows if row.get("id") != id]
         try:
-            write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n"
-                                          for row in rows))
+            write_atomically(self.path, lambda partial: partial.write_bytes(
+                b"".join(map(line_of, rows))))
         except OSError:
             self.path.with_name(self.path.name + ".partial").unlink(missing_ok=True)
             raise
@@ -188,12 +193,16 @@ class Desk:
         self.items = None if items is None else {key_of(*item): item for item in items}
         self.path, self.busy = labels.path.with_name(labels.path.name + ".state"), threading.Lock()
         self.state = {"token": secrets.token_urlsafe(16), "what": what, "sessions": {}}
-        if self.path.exists():
-            old = parse_json(self.path.read_text(), self.path, 1)
-            self.state["token"] = old["token"]
-            if old["what"] == json.loads(json.dumps(what)):
+        try:
+            old = parse_json(self.path.read_text(), self.path, 1) if self.path.exists() else {}
+            self.state["token"] = old.get("token", self.state["token"])
+            if old and old["what"] == json.loads(json.dumps(what)):
                 self.state = old
-        self.sessions = {name: Session(**one) for name, one in self.state["sessions"].items()}
+            self.sessions = {name: Session(**one) for name, one in self.state["sessions"].items()}
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.path}: not what this page writes; remove it: it holds no "
+                             f"label, only where each annotator was") from error
+        write_json(self.path, self.state)              # its token stays, whatever happens
 
     # ------------------------------------------------------------------- requests
 

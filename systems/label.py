@@ -167,19 +167,21 @@ def desk_of(config: Config) -> Desk:
 
 def summary(rows: list[dict], compared: tuple[str, ...]) -> str:
     """How many labels there are; of two checkpoints how often the first won, ties half, and its
-    standard error over comparisons, as if the turns of a conversation were independent."""
+    standard error over comparisons (two or more), as if the turns of a conversation were
+    independent."""
     people = {row.get("annotator") for row in rows}
-    said = f"{len(rows)} labels by {len(people)} annotator{'s' * (len(people) != 1)}"
+    said = (f"{len(rows)} label{'s' * (len(rows) != 1)} by {len(people)} "
+            f"annotator{'s' * (len(people) != 1)}")
     scores = [{one.get("model"): one["score"] for one in row["responses"]} for row in rows]
     scores = [[one[name] for name in compared] for one in scores if set(one) == set(compared)]
-    if not compared or not scores:
+    if not compared or len(scores) < 2:
         return said
     first, second = torch.tensor(scores).T                                         # (n,) each
     won, lost = int((first > second).sum()), int((first < second).sum())
     rate, error = win_rate(first, second[:, None])
-    error = f" ± {100 * error:.1f}" if len(scores) > 1 else ""
-    return (f"{said}\n{compared[0]} against {compared[1]}: {100 * rate:.1f}{error} % of "
-            f"{len(scores)} comparisons ({won} won, {len(scores) - won - lost} tied, {lost} lost)")
+    return (f"{said}\n{compared[0]} against {compared[1]}: {100 * rate:.1f} ± {100 * error:.1f} % "
+            f"of {len(scores)} comparisons ({won} won, {len(scores) - won - lost} tied, {lost} "
+            f"lost)")
 
 
 def label(config: Config) -> None:
@@ -189,7 +191,7 @@ def label(config: Config) -> None:
         return
     desk = desk_of(config)
     token = "" if config.host in LOOPBACK else desk.state["token"]
-    page = Path(__file__).with_suffix(".html").read_text()
+    page = Path(__file__).with_suffix(".html").read_text("utf-8")
     web = server(page, desk.act, config.host, config.port, token)
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # ends as Ctrl-C does
     link = f"http://{config.host}:{web.server_port}/{token and '#' + token}"

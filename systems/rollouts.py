@@ -75,5 +75,5 @@ def write_page(path: str, title: dict[str, str], prompts: list[Prompt], response
              "numbers": {name: values[i] for name, values in numbers.items()}}
             for i, (prompt, response) in enumerate(zip(prompts, responses))]
     data = json.dumps({"title": title, "rows": rows}).replace("<", "\\u003c")
-    page = Path(__file__).with_suffix(".html").read_text()
+    page = Path(__file__).with_suffix(".html").read_text("utf-8")
     write_text(Path(path), page.replace("{}/* rollouts */", data))

@@ -64,8 +64,10 @@ class Browser:
         return self.run("return document.querySelector(arguments[0])?.innerText || ''", selector)
 
     def see(self, words: str, selector: str = "body") -> None:
-        self.wait("return document.querySelector(arguments[0])?.innerText.includes(arguments[1])",
-                  selector, words)
+        """Wait for words that can be seen, on a page that waits for nothing itself."""
+        self.wait("const node = document.querySelector(arguments[0]);"
+                  "return node?.getClientRects().length && node.innerText.includes(arguments[1])"
+                  "&& document.body.ariaBusy !== 'true'", selector, words)
 
     def click(self, selector: str) -> None:
         found = self.ask("/element", {"using": "css selector", "value": selector})
