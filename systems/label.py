@@ -93,8 +93,8 @@ def writer(models: list[tuple[str, GPT, Tokenizer]], config: Config) -> Write:
     """Answers of one model, or, of two, one of each, in random order."""
     def write(messages: list[dict], k: int, seed: int) -> list[dict]:
         each = k // len(models)
-        found = [answer for name, model, tokenizer in models for answer in
-                 answers_of(model, tokenizer, messages, each, seed, config, name)]
+        found = [answer for name, model, tokenizer in models for answer in answers_of(
+            model, tokenizer, messages, each, seed_of(seed, name), config, name)]
         random.Random(seed).shuffle(found)
         if len(found) < 2:
             raise InputError("the model says the same each time; raise --temperature")
