@@ -52,7 +52,7 @@ class Browser:
     def run(self, script: str, *arguments):
         return self.ask("/execute/sync", {"script": script, "args": list(arguments)})
 
-    def wait(self, script: str, *arguments, seconds: float = 15):
+    def wait(self, script: str, *arguments, seconds: float = 60):
         """What a script returns, as soon as that is true."""
         end = time.monotonic() + seconds
         while not (found := self.run(script, *arguments)):
