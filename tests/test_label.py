@@ -1,5 +1,5 @@
 """The crowdworker's page without a browser: what a label is, what survives, what is refused, how
-far annotators agree. In a browser: test_pages.py."""
+far annotators agree. In a browser: test_label_page.py."""
 import errno
 import http.client
 import inspect
