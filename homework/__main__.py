@@ -84,7 +84,7 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         return run(parser.parse_args())
-    except InputError as error:
+    except (InputError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -64,7 +64,7 @@ code { font: 0.86em ui-monospace, monospace; background: #8882; padding: 0.1em 0
 pre { background: #8882; padding: 0.7em 1em; border-radius: 6px; white-space: pre-wrap; }
 pre code { background: none; padding: 0; }
 .facts { color: #777; font-family: system-ui, sans-serif; font-size: 0.85em; }
-.equation { margin: 1em 0; overflow-x: auto; }
+.equation { margin: 1em 0; padding: 0.2em 0; overflow: auto hidden; }
 @media print { h2 { break-inside: avoid; } body { margin: 0; } }
 """
 

@@ -49,11 +49,15 @@ class Process:
                 os.setgid(user)
                 os.setuid(user)
         source = Path(__file__).with_name("worker.py").read_text()
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-c", source, str(folder)], cwd=folder, preexec_fn=limits,
-            env={"PATH": os.defpath, "HOME": str(folder), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-c", source, str(folder)], cwd=folder, preexec_fn=limits,
+                env={"PATH": os.defpath, "HOME": str(folder), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise RuntimeError(f"--user: this user can not run {sys.executable} ({error}); install "
+                               f"Python and torch where all may read them") from None
         self.deadline = time.monotonic() + 60
         self.line()                                                # "ready"
         self.deadline = time.monotonic() + seconds
