@@ -132,7 +132,8 @@ def faults(page: str) -> list[str]:
             here += figure_faults(label, bullet)
         if number and not {"Tinytown", "Not shown"} & set(labels):
             here.append("neither what Tinytown shows nor that nothing does")
-        found += [f"{title.strip()}: {fault}" for fault in [*here, *TODO.findall(" ".join(bullets))]]
+        here += TODO.findall(" ".join(bullets))
+        found += [f"{title.strip()}: {fault}" for fault in here]
     return found
 
 
