@@ -194,10 +194,10 @@ def optimum(beta: float) -> Tensor:
     return weights / weights.sum()
 
 
-def tiny_ppo(student, *own: str, beta: float = BETA, samples: int = 256) -> Tensor:
+def tiny_ppo(student, *own: str, beta: float = BETA, samples: int = 256, lr: float = 0.1) -> Tensor:
     """The distribution in which PPO ends, over all responses. own: the functions of train_ppo.py
-    that the student's process computes; the others are the right ones. samples: of an update.
-    """
+    that the student's process computes; the others are the right ones. samples: of an update. lr:
+    of Adam, falling to 0."""
     import train_ppo
     from homework.process import Here
     right = Here()
@@ -214,9 +214,9 @@ def tiny_ppo(student, *own: str, beta: float = BETA, samples: int = 256) -> Tens
     draw, ref, policy = torch.Generator().manual_seed(0), start(), start()
     policy.logits.requires_grad_()
     table = torch.zeros(LENGTH, LETTERS, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([policy.logits, table], 0.1)
+    optimizer = torch.optim.Adam([policy.logits, table], lr)
     for update in range(UPDATES):
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - update / UPDATES)
+        optimizer.param_groups[0]["lr"] = lr * (1 - update / UPDATES)
         drawn = policy.distribution().detach().multinomial(samples, True, generator=draw)
         some = [RESPONSES[i] for i in drawn]
         tokens = torch.tensor([(*one, *[0] * (LENGTH - len(one))) for one in some])

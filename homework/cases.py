@@ -102,17 +102,14 @@ def shift_properties(draw) -> list[Case]:
 RAGGED, KEPT = t([1, 2, 9], [3, 9, 9]), b([1, 1, 0], [1, 0, 0])
 
 
-def mean_cases(file: str, name: str, sign: int) -> list[Case]:
-    return [Case(f"{sign * 1:+} · (1 + 2 + 3)/3, three tokens in two rows", file, name,
-                 (sign * RAGGED, KEPT), (0,), 2.0)]
-
-
 def mean_by_hand() -> list[Case]:
-    return mean_cases("kernels.py", "masked_mean", 1)
+    return [Case("(1 + 2 + 3)/3, three tokens in two rows", "kernels.py", "masked_mean",
+                 (RAGGED, KEPT), (0,), 2.0)]
 
 
 def sft_by_hand() -> list[Case]:
-    return mean_cases("train_sft.py", "sft_loss", -1)
+    return [Case("log-probabilities −1, −2, −3, in two rows: (1 + 2 + 3)/3", "train_sft.py",
+                 "sft_loss", (-RAGGED, KEPT), (0,), 2.0)]
 
 
 def mean_properties_of(file: str, name: str, draw) -> list[Case]:
@@ -362,7 +359,7 @@ def value_by_hand() -> list[Case]:
         return Case(label, "train_ppo.py", "value_loss",
                     (t([value]), t([old]), t([target]), b([1]), 0.2), (0,), expected)
     return [
-        case("0.9 from 0.5, return 1: clipped to 0.7, the larger error is 0.3² of 0.1²", 0.9, 0.5,
+        case("0.9 from 0.5, return 1: clipped to 0.7, 0.3² counts, not 0.1²", 0.9, 0.5,
              1.0, 0.045),
         case("0.6 from 0.5, return 1: not clipped, ½ · 0.4²", 0.6, 0.5, 1.0, 0.08),
         case("0.1 from 0.5, return 1: the wrong way, 0.9² counts", 0.1, 0.5, 1.0, 0.405)]

@@ -66,13 +66,13 @@ def make(out: Path, exercises: list[Exercise], formulas: bool) -> None:
             right.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(PROJECT / file, right)
             path.write_text(blank(path.read_text(), name, exercise, formulas, file))
-        for file in dict.fromkeys(file for file, _ in exercise.hide):
+        for file in dict.fromkeys(file for file, *_ in exercise.hide):
             path = student / file
             path.write_text(hidden(path.read_text(), exercise, file))
-    text = markdown(exercises)
-    (out / "handout.md").write_text(text)
-    (student / "handout.md").write_text(text)
-    (out / "handout.html").write_text(page(exercises))
+    text, sheet = markdown(exercises, formulas), page(exercises, formulas)
+    for folder in (out, student):
+        (folder / "handout.md").write_text(text)
+        (folder / "handout.html").write_text(sheet)
     pack(out / "autograder.zip", exercises)
 
 

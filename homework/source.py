@@ -44,9 +44,11 @@ def with_function(source: str, name: str, text: str, path: str) -> str:
     return "\n".join([*lines[:first], *text.split("\n"), *lines[end:]])
 
 
-def blank(source: str, name: str, exercise: Exercise, formulas: bool, path: str) -> str:
-    """The file's text with a function's body replaced by `raise NotImplementedError`. Signature and
-    docstring stay; of the docstring, without `formulas`, not the pieces that hold the answer."""
+def blank(source: str, name: str, exercise: Exercise, formulas: bool, path: str,
+          body: str = "") -> str:
+    """The file's text with a function's body replaced, by `raise NotImplementedError` if by nothing
+    else. Signature and docstring stay; of the docstring, without `formulas`, not the pieces that
+    hold the answer."""
     node, first, _ = place(source, name, path)
     lines = function_of(source, name, path).split("\n")
     indent = " " * (node.col_offset + 4)
@@ -54,21 +56,21 @@ def blank(source: str, name: str, exercise: Exercise, formulas: bool, path: str)
     until = (node.body[0].end_lineno if has_text else node.body[0].lineno - 1) - first
     head = "\n".join(lines[:until])
     if not formulas:
-        for function, piece in exercise.formula:
+        for function, piece, instead in exercise.formula:
             if function == name:
                 if head.count(piece) != 1:
                     raise InputError(f"exercise {exercise.number}: the docstring of {name} no "
                                      f"longer holds {piece!r}")
-                head = head.replace(piece, "")
-    body = f'{indent}raise NotImplementedError("exercise {exercise.number}: {name}")'
-    return with_function(source, name, f"{head}\n{body}", path)
+                head = head.replace(piece, instead)
+    body = body or f'raise NotImplementedError("exercise {exercise.number}: {name}")'
+    return with_function(source, name, f"{head}\n{indent}{body}", path)
 
 
 def hidden(source: str, exercise: Exercise, file: str) -> str:
-    """The file's text without functions that would do an exercise's work."""
-    for path, name in exercise.hide:
+    """The file's text without what else would do an exercise's work."""
+    for path, name, body in exercise.hide:
         if path == file:
-            source = blank(source, name, exercise, True, file)
+            source = blank(source, name, exercise, True, file, body)
     return source
 
 
@@ -76,7 +78,7 @@ def copy_project(out: Path) -> None:
     """Scripts and their libraries, nothing that tests them."""
     for folder in FOLDERS:
         shutil.copytree(PROJECT / folder, out / folder, ignore=SKIPPED, dirs_exist_ok=True)
-    for pattern in ("*.py", "requirements*.txt", "pyproject.toml", "README.md", "Makefile"):
+    for pattern in ("*.py", "requirements*.txt", "pyproject.toml", "Makefile"):
         for path in PROJECT.glob(pattern):
             shutil.copy(path, out / path.name)
 

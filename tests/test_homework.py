@@ -14,7 +14,9 @@ import pytest
 import torch
 from test_mutants import Edit, catching
 
+import train_sft
 from common.errors import InputError
+from homework import check as checking
 from homework import compare, source
 from homework import grade as grading
 from homework.cases import HAND, PROPERTIES
@@ -216,7 +218,7 @@ def test_helpers_beside_a_function_are_kept_and_other_mistakes_cost_nothing(fill
 def test_a_hidden_kernel_does_not_answer(filled):
     spoil(filled, "kernels.py", "token_logprobs_reference",
           "return token_logprobs(hidden, weight, targets, temperature)")
-    assert "NotImplementedError" in said(grade_one(filled, by_number(3)))
+    assert "RecursionError" in said(grade_one(filled, by_number(3)))
 
 
 # ----------------------------------------------------------------------------- what is handed out
@@ -237,6 +239,8 @@ def test_without_formulas_the_answer_is_gone(tmp_path):
     ppo = (tmp_path / "made/student/train_ppo.py").read_text()
     given = source.function_of(ppo, "gae", "train_ppo.py")
     assert "δ_t" not in given and "V_t is the value of the state" in given
+    assert "$$" not in (tmp_path / "made/handout.md").read_text().split("## Finale")[0]
+    assert (tmp_path / "made/handout.html").read_text().count("<math") == 1
     assert "−log σ" not in source.function_of(
         (tmp_path / "made/student/train_rm.py").read_text(), "pairwise_loss", "train_rm.py")
 
@@ -254,7 +258,34 @@ def test_a_student_checks_and_sees_numbers(made):
     found = subprocess.run([sys.executable, "-m", "homework", "check", "9"], text=True,
                            cwd=made / "student", capture_output=True)
     assert found.returncode == 1 and "WRONG  whiten, 1, 2, 3: mean 2, variance ⅔" in found.stdout
-    assert "exercise 9: whiten" in found.stdout
+    assert "exercise 9: whiten" in found.stdout and "shift_mean=True" in found.stdout
+    assert "0 of 2 right" in found.stdout
+    found = subprocess.run([sys.executable, "-m", "homework", "grade", "."], text=True,
+                           cwd=made / "student", capture_output=True)
+    assert found.returncode == 2 and "invalid choice: 'grade'" in found.stderr
+
+
+def test_a_gradient_that_is_cut_off_is_seen_by_the_student(monkeypatch):
+    case = HAND[4]()[0]
+    assert checking.wrong(case) == ""
+    right = train_sft.sft_loss
+    monkeypatch.setattr(train_sft, "sft_loss", lambda *args: right(*args).detach())
+    assert "no gradient" in checking.wrong(case)
+
+
+def test_the_finale_arrives(capsys):
+    """PPO nearer with more answers a step, DPO nearest."""
+    checking.finale(0.3, 0.1)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    reference, few, _, many, dpo = (float(line.split()[-1]) for line in lines)
+    assert reference > 0.5 and few < 0.02 and many < few and dpo < many
+
+
+def test_trained_models_run_while_the_kernel_is_hidden(made):
+    """The blank of the kernel calls the reference; only that one is missing."""
+    text = (made / "student/kernels.py").read_text()
+    given = source.function_of(text, "token_logprobs", "kernels.py")
+    assert given.endswith("return token_logprobs_reference(hidden, weight, targets, temperature)")
 
 
 def test_some_exercises_alone(tmp_path):
