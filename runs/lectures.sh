@@ -55,8 +55,8 @@ feedback() {
     for name in over_optimisation best_of_n grpo verifier lima; do system $name; done
 }
 data() {
-    local name
-    for name in self_instruct judge backtranslation flan constitutional zephyr ultrachat; do
+    local name                       # flan last: it looks for the larger base of the other lane
+    for name in self_instruct judge backtranslation constitutional zephyr ultrachat flan; do
         system $name
     done
 }
@@ -71,6 +71,7 @@ two_lanes feedback data
 two_lanes betas gammas
 $PYTHON evaluate.py --run "$OUT" --seed "$SEED"
 page doses data.tinytown.doses
+$PYTHON -m systems.claims "$OUT" > "$PAGES/claims.md"
 {
     echo "# Beyond the line, seed $SEED"
     for file in "$PAGES"/*.md; do

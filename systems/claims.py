@@ -193,4 +193,7 @@ if __name__ == "__main__":
         if all(path.exists() for path in paths):
             several = summary([system(json.loads(path.read_text())) for path in paths])
             rows += [[system.__name__, *row] for row in several]
+    if not rows:
+        parser.error(f"{', '.join(map(str, folders))}: no systems/NAME/table.json that all of them "
+                     f"have; run python -m systems.lima --run FOLDER and others first")
     print(markdown(["system", "claim", "at least", *TEMPERATURES.values(), "runs"], rows))

@@ -18,6 +18,8 @@ Differences from the paper: a base of 0.7 million parameters instead of 65 billi
 form of an answer from these rows, not only its style, at a rate as high; the pretraining mix of
 stage 1 goes on; no growing dropout.
 
+From a file of demonstrations, without votes: systems/lima_file.py.
+
     python -m systems.lima --run out/tinytown
 """
 import json
@@ -121,19 +123,21 @@ def sets_of(pool: list[dict], scores: list[float], draw: random.Random) -> dict[
 
 # ----------------------------------------------------------------------------- measuring
 
-def fit(name: str, rows: list[dict], config: Config) -> str:
+def fit(name: str, rows: list[dict], config: Config, batch_size: int = 32, **changed) -> str:
     """SFT of the base on a set, about as many updates as for the others; not anew where the same
-    rows were trained on, from the same base. Returns its folder."""
+    rows were trained on, from the same model. changed: init, val and others that are not the
+    run's. Returns its folder."""
     out, text = f"{config.out}/{name}", as_lines(rows)
-    path = Path(f"{out}.jsonl")
-    same = path.exists() and path.read_text() == text
-    if not same or not fresh(f"{out}/final.json", f"{config.run}/base/model.pt"):
+    path, settings = Path(f"{out}.jsonl"), changed or dict(
+        init=f"{config.run}/base", val=f"{config.run}/data/sft_val.jsonl",
+        ptx_data=(f"{config.run}/data/base.txt",))
+    same, weights = path.exists() and path.read_text() == text, Path(settings["init"]) / "model.pt"
+    if not same or not fresh(f"{out}/final.json", *[weights] * weights.exists()):
         write_text(path, text)
         train_sft.train(train_sft.Config(
-            data=(str(path),), val=f"{config.run}/data/sft_val.jsonl",
-            init=f"{config.run}/base", ptx_data=(f"{config.run}/data/base.txt",), out=out,
-            epochs=max(1, round(config.steps * 32 / len(rows))), lr=config.lr, seed=config.seed,
-            device=config.device, dtype=config.dtype, **again(out)))
+            data=(str(path),), out=out, batch_size=batch_size, lr=config.lr, seed=config.seed,
+            epochs=max(1, round(config.steps * batch_size / len(rows))),
+            device=config.device, dtype=config.dtype, **settings, **again(out)))
     return out
 
 

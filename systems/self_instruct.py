@@ -31,6 +31,7 @@ as there); the judge of what is valid is a rule.
     python -m systems.self_instruct --init smollm2 --seeds seed_tasks.jsonl --rounds 2 --lists 16 \\
                                     --max_new_tokens 160
 """
+import json
 import random
 import re
 import string
@@ -38,7 +39,8 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.run import DeviceFlags, InputError, load_gpt, main, start
+from common.files import read_log
+from common.run import DeviceFlags, InputError, load_gpt, main, start, write_text
 from data.tinytown.tasks import Task, conversation, town_seeds
 from systems.lima import fit
 from systems.table import made, refuse_others
@@ -146,10 +148,13 @@ def too_similar(new: list[str], known: list[list[str]], threshold: float) -> boo
 
 # ----------------------------------------------------------------------------- what it writes
 
-def write_instructions(writer: Writer, rounds: int, threshold: float) -> list[dict]:
-    """Rows {"round", "instruction", "verdict"} of everything that was proposed."""
+def write_instructions(writer: Writer, rounds: int, threshold: float,
+                       path: Path | None = None) -> list[dict]:
+    """Rows {"round", "instruction", "verdict"} of everything that was proposed. path: where they
+    are kept after every round; rounds that stand there are not written anew."""
     form, config = writer.form, writer.config
-    draw, own, rows = random.Random(f"self-instruct-{config.seed}"), [], []
+    draw, own = random.Random(f"self-instruct-{config.seed}"), []
+    rows = read_log(path) if path and path.exists() else []
     seeds = [" ".join(seed.instruction.split()) for seed in writer.seeds]
     for k in range(1, rounds + 1):
         prompts = []
@@ -157,6 +162,8 @@ def write_instructions(writer: Writer, rounds: int, threshold: float) -> list[di
             some = draw.sample(own, min(OWN, len(own)))
             some += draw.sample(seeds, min(SHOWN - len(some), len(seeds)))
             prompts.append(writer.listing(draw.sample(some, len(some))))
+        if any(row["round"] == k for row in rows):
+            prompts = []
         found = []                                                  # (instruction, why dropped)
         for response in writer.go_on(prompts, config.temperature, f"round {k}"):
             found += [(text, cut or "held out" * form.leaks(Task(text)))
@@ -166,7 +173,9 @@ def write_instructions(writer: Writer, rounds: int, threshold: float) -> list[di
         for text, why in found:
             verdict = why or next(passed)[1]
             rows.append({"round": k, "instruction": text, "verdict": verdict})
-        own = [row["instruction"] for row in rows if row["verdict"] == "keep"]
+        if path and prompts:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        own = [row["instruction"] for row in rows if row["verdict"] == "keep" and row["round"] <= k]
     return rows
 
 
@@ -243,8 +252,8 @@ def write_tasks(config: Config, run) -> tuple[Writer, list[Task]]:
     seeds = read_seeds(config.seeds) if config.seeds else town_seeds(config.seed, SEEDS)
     refuse_others(config, source)
     writer = Writer(run.freeze(model), tokenizer, PAPER if config.seeds else TOWN, seeds, config)
-    proposed = made(home / "instructions.jsonl", lambda: write_instructions(
-        writer, config.rounds, config.threshold))
+    proposed = write_instructions(writer, config.rounds, config.threshold,
+                                  home / "instructions.jsonl")
     kept = [row["instruction"] for row in proposed if row["verdict"] == "keep"]
     instances = made(home / "instances.jsonl", lambda: kept and write_instances(writer, kept))
     tasks = [Task(*list(row.values())[:-1]) for row in instances if row["verdict"] == "keep"]

@@ -425,15 +425,37 @@ def test_the_command_end_to_end(run, monkeypatch, capsys):
     for asked, _ in sum(sets.values(), []):
         assert town.split_of([asked]) not in ("val", "test")
 
-    def untouched(*_, **__):
-        raise AssertionError("made anew")
-    for name in ("write_instructions", "write_instances"):
-        monkeypatch.setattr(system, name, untouched)
+    def nothing_left(self, prompts, *_):
+        assert not prompts, "made anew"
+        return []
+    monkeypatch.setattr(system.Writer, "go_on", nothing_left)
     stamp = (home / "seeds/model.pt").stat().st_mtime_ns
     system.measure(config)                                      # what is there is not made anew
     assert (home / "seeds/model.pt").stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="made with rounds 2, not 3; remove that folder"):
         system.measure(system.Config(run=str(run), rounds=3, lists=20, steps=2, max_new_tokens=24))
+
+
+def test_what_was_cut_off_goes_on_with_the_next_round(run, tmp_path):
+    """To the letter as if it had not been, and no round is written twice."""
+    model, tokenizer = load_gpt(str(run / "base"))
+    config = system.Config(run=str(run), lists=6, max_new_tokens=16)
+    writer = system.Writer(model.eval(), tokenizer, TOWN, tasks_of_town.town_seeds(1, 30), config)
+    whole = system.write_instructions(writer, 3, 2.0, tmp_path / "whole.jsonl")
+    path = tmp_path / "cut.jsonl"
+    system.write_instructions(writer, 2, 2.0, path)
+    with open(path, "a") as file:
+        file.write('{"round": 3, "instr')                       # a line that was cut off
+    asked = []
+    go_on = system.Writer.go_on
+
+    def counted(self, prompts, *rest):
+        asked.append(len(prompts))
+        return go_on(self, prompts, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(system.Writer, "go_on", counted)
+        assert system.write_instructions(writer, 3, 2.0, path) == whole
+    assert asked == [0, 0, 6] and path.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_a_model_that_writes_nothing_of_use_is_one_line(run, tmp_path, monkeypatch):
