@@ -41,21 +41,20 @@ def policy(page: str) -> str:
 def refusal(headers, token: str) -> tuple[int, str] | None:
     """Why a request is not answered, as (status, words); None where it is. headers: of the request.
     token: what it must know; "" at a loopback address."""
-    host, origin = headers.get("Host", ""), headers.get("Origin")
+    host, origin, size = (headers.get(name, "") for name in ("Host", "Origin", "Content-Length"))
+    if not re.fullmatch(r"[0-9]{1,15}", size):
+        return 411, "expected a Content-Length"
+    if int(size) > LIMIT:
+        return 413, f"{int(size):,} bytes: at most {LIMIT:,} are read; write less"
     if not token and host.partition(":")[0] not in LOOPBACK:
         return 403, f"Host {host!r:.80}: this page is at 127.0.0.1 or localhost"
-    if origin is not None and origin.partition("://")[2] != host:
+    if origin and origin.partition("://")[2] != host:
         return 403, f"Origin {origin!r:.80}: only the page itself may ask"
     if headers.get("Content-Type", "").split(";")[0].strip() != "application/json":
         return 415, "expected Content-Type: application/json"
     given = headers.get("Authorization", "").removeprefix("Bearer ")
     if token and not hmac.compare_digest(given.encode(), token.encode()):
         return 401, "this address needs its token: open the link that the server has printed"
-    size = headers.get("Content-Length", "")
-    if not re.fullmatch(r"[0-9]{1,15}", size):
-        return 411, "expected a Content-Length"
-    if int(size) > LIMIT:
-        return 413, f"{int(size):,} bytes: at most {LIMIT:,} are read; write less"
     return None
 
 
@@ -79,10 +78,14 @@ def server(page: str, act: Callable[[dict], tuple[int, dict]], host: str, port: 
             self.reply(status, json.dumps(answer).encode(), "application/json")
 
         def answer(self) -> tuple[int, dict]:
-            if refused := refusal(self.headers, token):
+            refused = refusal(self.headers, token)
+            if not refused or refused[0] not in (411, 413):
+                # What is left unread when a connection ends takes the answer with it.
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+            if refused:
                 return refused[0], {"error": refused[1]}
             try:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                request = json.loads(body)
             except (ValueError, RecursionError):
                 return 400, {"error": "expected JSON"}
             if not isinstance(request, dict):

@@ -75,6 +75,7 @@ class Browser:
 
     def press(self, *keys: str) -> None:
         """Keys, by name or as text, where the page has its focus."""
+        self.wait("return document.hasFocus()")
         typed = [key for word in keys for key in ([KEYS[word]] if word in KEYS else word)]
         actions = [{"type": kind, "value": key} for key in typed for kind in ("keyDown", "keyUp")]
         self.ask("/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})

@@ -273,6 +273,7 @@ def test_a_token_that_is_missing_is_said(browser, tmp_path):
                       0, "secret")
     threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
     browser.go(f"http://127.0.0.1:{web.server_port}/")
+    browser.see("Who is labelling?")
     browser.press("Ada", "Enter")
     browser.see("this address needs its token", "#note")
     browser.go(f"http://127.0.0.1:{web.server_port}/#secret")
