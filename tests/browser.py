@@ -29,7 +29,8 @@ class Browser:
     def __init__(self, port: int, size: tuple[int, int], dark: bool):
         self.root = f"http://127.0.0.1:{port}/session"
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                 f"--window-size={size[0]},{size[1]}", "--hide-scrollbars",
+                 f"--window-size={size[0]},{size[1]}", "--hide-scrollbars", "--disable-extensions",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
                  *["--force-dark-mode"] * dark]
         options = {"binary": CHROMIUM, "args": flags}
         made = self.ask("", {"capabilities": {"alwaysMatch": {
