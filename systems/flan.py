@@ -53,7 +53,7 @@ class Config(DeviceFlags):
     out: str = ""                  # empty: systems/flan inside run
     steps: int = 450               # updates on 32 games each
     lr: float = 4e-3               # peak; pretraining's: to find words in a text is new to the base
-    large_lr: float = 1e-3         # of the larger base; at 1.6e-3 and 3e-3 it learned less
+    large_lr: float = 1.6e-3       # of the larger base; also pretraining's
     asked: int = 480               # games that a figure is measured on
     mix_steps: int = 300           # updates on 32 demonstrations each
     mix_lr: float = 2e-3           # peak
