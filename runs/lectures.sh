@@ -80,7 +80,7 @@ $PYTHON -m systems.claims "$OUT" > "$PAGES/claims.md"
     done
     printf '\n## Figures\n\n'
     for figure in "$OUT"/{doses.png,lectures/*.png,systems/*.png,systems/*/*.png}; do
-        if [ -e "$figure" ]; then echo "![$(basename "$figure" .png)](../${figure#"$OUT"/})"; fi
+        if [ -e "$figure" ]; then echo "![${figure#"$OUT"/}](../${figure#"$OUT"/})"; fi
     done
 } > "$OUT/lectures/report.md"
 echo "all tables and figures: $OUT/lectures/report.md"
