@@ -1,5 +1,5 @@
 """Classic wrong answers, from the mutants that the project's own tests must catch
-(tests/test_mutants.py): what a grader recognises."""
+(tests/test_mutants.py, test_systems.py): what a grader recognises."""
 import sys
 import types
 from functools import partial
@@ -27,10 +27,11 @@ def mistakes_of(exercise: Exercise) -> list[Mistake]:
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     import test_mutants
+    import test_systems
 
     from data.tokenizer import get_tokenizer
     found, functions = [], {name for _, name in exercise.functions}
-    for where, name, says, mutant, *_ in test_mutants.MUTANTS:
+    for where, name, says, mutant, *_ in test_mutants.MUTANTS + test_systems.MUTANTS:
         module = getattr(where, "__name__", "")
         wrong = mutant.of(getattr(where, name)) if isinstance(mutant, test_mutants.Edit) else mutant
         for outer in INSIDE.get((module, name), ()):
