@@ -111,3 +111,5 @@ def stage(folder: Path, exercise: Exercise, out: Path) -> None:
                     except InputError:
                         source += "\n\n" + textwrap.dedent(function_of(right, name, file)) + "\n"
         (out / file).write_text(hidden(source, exercise, file))
+    for path in (out, *out.rglob("*")):      # for a user who may not read the grader's own files
+        path.chmod(0o755 if path.is_dir() else 0o644)

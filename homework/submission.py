@@ -15,7 +15,6 @@ def grade_one(folder: Path, exercise: Exercise, user: int | None = None) -> list
     """The rungs of one exercise. Whatever is wrong with the folder, the answer is rungs."""
     with tempfile.TemporaryDirectory(prefix="homework-") as place:
         try:
-            Path(place).chmod(0o755)
             stage(folder, exercise, Path(place))
             with Process(Path(place), user=user) as student:
                 return grade(exercise, student, mistakes_of(exercise))

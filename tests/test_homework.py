@@ -325,6 +325,20 @@ def test_commands_of_the_handout_exist(exercise):
         assert re.search(rf"\b{flag}\b", text), flag
 
 
+def test_another_user_can_read_the_stage_of_a_grader_that_it_can_not_read(made, tmp_path,
+                                                                          monkeypatch):
+    """As after setup.sh: the project is root's alone."""
+    with zipfile.ZipFile(made / "autograder.zip") as archive:
+        archive.extractall(tmp_path / "grader")
+    for path in (tmp_path / "grader").rglob("*"):
+        path.chmod(0o700)
+    monkeypatch.setattr(source, "PROJECT", tmp_path / "grader")
+    (tmp_path / "stage").mkdir(mode=0o700)
+    source.stage(made / "solutions", by_number(2), tmp_path / "stage")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "stage").rglob("*")}
+    assert modes == {0o755, 0o644} and (tmp_path / "stage").stat().st_mode & 0o777 == 0o755
+
+
 def test_the_archive_grades(made, tmp_path):
     with zipfile.ZipFile(made / "autograder.zip") as archive:
         archive.extractall(tmp_path)
