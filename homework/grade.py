@@ -129,8 +129,11 @@ def grade(exercise: Exercise, student, mistakes: list[Mistake] = []) -> list[Run
     below = "not looked at: the rung before comes first"
 
     def say(wrong: list[Wrong], more: list[Wrong]) -> str:
-        return "" if not wrong else (f"{wrong[0].case.name}, {wrong[0].case.label}: "
-                                     f"{wrong[0].text[:300]}{recognised(wrong + more, mistakes)}")
+        if not wrong:
+            return ""
+        case, _, text = wrong[0]
+        mistake = recognised(wrong + more, mistakes) or recognised(wrong, mistakes)
+        return f"{case.name}, {case.label}: {text[:300]}{mistake}"
     wrong = [] if problems else wrong_answers(student, hand, right)
     more = [] if problems else wrong_answers(student, drawn, list(map(right_answer, drawn)))
     messages["numbers by hand"] = below if problems else say(wrong, more)

@@ -215,6 +215,15 @@ def test_helpers_beside_a_function_are_kept_and_other_mistakes_cost_nothing(fill
     assert "no function whiten" in said(grade_one(filled, by_number(9)))
 
 
+def test_a_wrong_mean_costs_its_exercise_alone(filled):
+    """Though the losses call it."""
+    spoil(filled, "kernels.py", "masked_mean",
+          "return (torch.where(mask.bool(), x, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)).mean()")
+    assert "mean of row means" in said(grade_one(filled, by_number(2)))
+    for number in (4, 11):
+        assert points(grade_one(filled, by_number(number))) == by_number(number).points
+
+
 def test_a_hidden_kernel_does_not_answer(filled):
     spoil(filled, "kernels.py", "token_logprobs_reference",
           "return token_logprobs(hidden, weight, targets, temperature)")
