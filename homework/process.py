@@ -1,6 +1,7 @@
 """The grader's side of a student's process: calls with limits of time and memory."""
 import json
 import os
+import pwd
 import resource
 import select
 import signal
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from homework.worker import call, decode, encode
+from homework.worker import call, decode, encode, find
 
 MEMORY = 6 * 2 ** 30         # bytes of address space; importing torch takes two or three
 SECONDS = 20.0               # of an exercise
@@ -38,7 +39,7 @@ class Process:
     """
 
     def __init__(self, folder: Path, seconds: float = SECONDS, user: int | None = None):
-        self.folder, self.seconds, self.deadline, self.buffer = folder, seconds, 0.0, b""
+        self.seconds, self.buffer = seconds, b""
 
         def limits() -> None:
             for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 2 ** 20),
@@ -46,7 +47,8 @@ class Process:
                                (resource.RLIMIT_CORE, 0)):
                 resource.setrlimit(what, (most, most))
             if user is not None:
-                os.setgid(user)
+                os.setgroups([])                       # root's groups, too, are given up
+                os.setgid(pwd.getpwuid(user).pw_gid)
                 os.setuid(user)
         source = Path(__file__).with_name("worker.py").read_text()
         try:
@@ -58,6 +60,7 @@ class Process:
         except (OSError, subprocess.SubprocessError) as error:
             raise RuntimeError(f"--user: this user can not run {sys.executable} ({error}); install "
                                f"Python and torch where all may read them") from None
+        os.set_blocking(self.process.stdin.fileno(), False)
         self.deadline = time.monotonic() + 60
         self.line()                                                # "ready"
         self.deadline = time.monotonic() + seconds
@@ -79,19 +82,28 @@ class Process:
         """The student's function on these arguments, with gradients for some. Raises Failed."""
         asked = {"module": module, "name": name, "args": list(map(encode, args)),
                  "grad": list(grad), "pull": pull}
-        try:
-            self.process.stdin.write((json.dumps(asked) + "\n").encode())
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise Failed(self.ended()) from None
+        self.send((json.dumps(asked) + "\n").encode())
         try:
             reply = json.loads(self.line())
             if "error" in reply:
-                raise Failed(str(reply["error"])[:300].replace("\n", " "))
+                raise Failed("".join(letter if letter.isprintable() else " "
+                                     for letter in str(reply["error"])[:300]))
             return Answer(decode(reply["value"]), [decode(one) for one in reply["grads"]],
                           bool(reply["changed"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError):
             raise Failed("the process wrote into the pipe of its replies") from None
+
+    def send(self, text: bytes) -> None:
+        """Write a line. Raises Failed at the deadline, as of a process that no longer reads."""
+        while text:
+            _, ready, _ = select.select([], [self.process.stdin], [],
+                                        max(0.0, self.deadline - time.monotonic()))
+            if not ready:
+                raise Failed(f"no answer within {self.seconds:g} s: an endless loop?")
+            try:
+                text = text[os.write(self.process.stdin.fileno(), text):]
+            except BrokenPipeError:
+                raise Failed(self.ended()) from None
 
     def line(self) -> bytes:
         """The next line of the replies. Raises Failed at the deadline or the process's end."""
@@ -128,7 +140,6 @@ class Here:
 
     def call(self, module: str, name: str, *args, grad: tuple[int, ...] = (),
              pull: int | None = None) -> Answer:
-        from homework.worker import find
         function = self.functions.get(name) or find(module, name)
         try:
             reply = call(function, [decode(encode(arg)) for arg in args], list(grad), pull)

@@ -20,7 +20,7 @@ def place(source: str, name: str, path: str) -> tuple[ast.FunctionDef, int, int]
     except SyntaxError as error:
         raise InputError(f"{path}, line {error.lineno}: {error.msg}; nothing of this file can be "
                          f"graded until it parses") from None
-    except ValueError as error:                          # a null byte
+    except (ValueError, RecursionError, MemoryError) as error:     # a null byte, deep nesting
         raise InputError(f"{path}: {error}") from None
     for part in name.split("."):
         found = [node for node in body if getattr(node, "name", None) == part]
@@ -87,6 +87,8 @@ def handed_in(folder: Path, file: str) -> Path:
     """A student's file, where it belongs or by its name alone. InputError if it is missing."""
     for path in (folder / file, folder / Path(file).name):
         if path.is_file():
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{file}: a link to another place; hand in the file itself")
             return path
     raise InputError(f"{file}: not handed in")
 

@@ -33,15 +33,22 @@ def encode(value):
     return {"other": type(value).__name__}
 
 
-def decode(value):
-    """What `encode` made; a value of another type as None."""
+def decode(value, depth: int = 0):
+    """What `encode` made; None for a value of another type, or of a size or depth that no right
+    answer has."""
     import torch
     if "tensor" in value:
+        places = 1
+        for size in value["shape"]:
+            places *= max(1, size)                   # (10^9, 0) holds no number, but many lists
+        if places > MOST_ELEMENTS:
+            return None
         kind = getattr(torch, value["dtype"])
         return torch.tensor(value["tensor"], dtype=kind).reshape(value["shape"])
     if "list" in value:
-        return [decode(one) for one in value["list"]]
-    return value.get("plain")
+        return [decode(one, depth + 1) for one in value["list"]] if depth < 4 else None
+    found = value.get("plain")
+    return None if isinstance(found, int) and abs(found) > 2 ** 53 else found
 
 
 def call(function, args: list, grad: list[int], pull: int | None = None) -> dict:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from homework.make import chosen, make
 from homework.mistakes import all_mistakes, mistakes_of
 from homework.process import Failed, Here, Process
 from homework.submission import grade_one, write_results
+from homework.worker import decode
 
 EACH = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda one: f"{one.number}")
 
@@ -161,6 +163,10 @@ HOSTILE = {
     "printing": ("print('x' * 10**6); return logprobs", "expected"),
     "torch replaced": ("torch.Tensor.__eq__ = lambda *_: True; torch.allclose = lambda *_, **__: "
                        "True; return logprobs", "expected"),
+    "a number without end": ("return 10**400", "returns nothing"),
+    "lists without end": ("x = []\n    for _ in range(500): x = [x]\n    return x", "recursion|returns"),
+    "a process that stops": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
+                             "no answer within 2 s"),
     "another type": ("return 'fine'", "returns str"),
     "no gradient": ("return -logprobs.detach()[mask].mean()", "was it detached"),
     "in place": ("logprobs.data.zero_(); return -logprobs[mask].mean()", "writes into|expected"),
@@ -194,6 +200,30 @@ def test_a_file_that_can_not_be_graded_is_one_line(filled, text, message):
     rungs = grade_one(filled, by_number(4))
     assert points(rungs) == 0 and message in said(rungs) and "\n" not in said(rungs)
     assert points(grade_one(filled, by_number(2))) == 4          # the others go on
+
+
+def test_a_link_to_the_solution_is_not_read(filled):
+    (filled / "train_sft.py").unlink()
+    (filled / "train_sft.py").symlink_to(source.PROJECT / "train_sft.py")
+    assert "a link to another place" in said(grade_one(filled, by_number(4)))
+
+
+def test_a_process_that_reads_no_more_ends_at_the_deadline(filled, tmp_path):
+    """A request larger than the pipe holds blocks nobody."""
+    spoil(filled, "train_sft.py", "sft_loss",
+          "import os, signal, threading; threading.Timer(0.2, os.kill, (os.getpid(), "
+          "signal.SIGSTOP)).start(); return logprobs.sum()")
+    source.stage(filled, by_number(4), tmp_path / "stage")
+    with Process(tmp_path / "stage", seconds=2) as student:
+        ones = torch.ones(2, 2)
+        student.call("train_sft", "sft_loss", ones, ones)
+        time.sleep(0.5)
+        with pytest.raises(Failed, match="no answer within 2 s"):
+            student.call("train_sft", "sft_loss", torch.ones(300, 300), torch.ones(300, 300))
+
+
+def test_an_answer_of_no_numbers_and_a_billion_rows_is_not_unpacked():
+    assert decode({"tensor": [], "shape": [10**9, 0], "dtype": "float64"}) is None
 
 
 def test_code_that_ends_the_process_on_import_is_one_line(filled):
