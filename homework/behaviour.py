@@ -86,17 +86,17 @@ def head(student) -> Found:
     """A head on one-hot states learns how often each word follows each state."""
     draw = torch.Generator().manual_seed(0)
     goal = torch.randn(4, 5, dtype=torch.float64, generator=draw).softmax(-1)
-    states = torch.arange(200) % 4
-    targets = goal[states].multinomial(1, generator=draw)[:, 0]
+    contexts = torch.arange(200) % 4
+    targets = goal[contexts].multinomial(1, generator=draw)[:, 0]
     weight = torch.zeros(5, 4, dtype=torch.float64, requires_grad=True)
 
     def loss():
         return -pulled(student, "kernels", "token_logprobs_reference",
-                       torch.eye(4, dtype=torch.float64)[states], weight, targets, 1.0,
+                       torch.eye(4, dtype=torch.float64)[contexts], weight, targets, 1.0,
                        grad=(1,)) / 200
     descend([weight], loss, 60, 0.5)
     seen = torch.zeros(4, 5, dtype=torch.float64)
-    seen.index_put_((states, targets), torch.ones(200, dtype=torch.float64), accumulate=True)
+    seen.index_put_((contexts, targets), torch.ones(200, dtype=torch.float64), accumulate=True)
     return Found("distance of what the head says from what was seen, mean of four states",
                  sum(distance(weight[:, i].detach().softmax(0), seen[i] / 50)
                      for i in range(4)) / 4, 0.03)
@@ -166,21 +166,30 @@ def worth(response: tuple[int, ...]) -> float:
     return (37 * total % 101) / 50 - 1
 
 
+def padded(responses: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """(tokens, response mask) of responses, (B, LENGTH) each."""
+    return (torch.tensor([(*one, *[0] * (LENGTH - len(one))) for one in responses]),
+            torch.tensor([[i < len(one) for i in range(LENGTH)] for one in responses]))
+
+
+def states(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(place, letter before it; 0 at the first), an index into a table for every token."""
+    return torch.arange(LENGTH), torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
+
+
 class Table(NamedTuple):
     """A policy: logits by place and letter before, (LENGTH, LETTERS, LETTERS)."""
     logits: Tensor
 
     def logprobs(self, tokens: Tensor) -> Tensor:
         """(B, LENGTH) → log π of each letter, (B, LENGTH)."""
-        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
-        log_p = self.logits[torch.arange(LENGTH), before].log_softmax(-1)
+        log_p = self.logits[states(tokens)].log_softmax(-1)
         return log_p.gather(-1, tokens[..., None])[..., 0]
 
     def distribution(self) -> Tensor:
         """Probability of every response, (R,)."""
-        padded = torch.tensor([(*one, *[0] * (LENGTH - len(one))) for one in RESPONSES])
-        mask = torch.tensor([[i < len(one) for i in range(LENGTH)] for one in RESPONSES])
-        return torch.where(mask, self.logprobs(padded), 0.0).sum(1).exp()
+        tokens, mask = padded(RESPONSES)
+        return torch.where(mask, self.logprobs(tokens), 0.0).sum(1).exp()
 
 
 def start() -> Table:
@@ -219,11 +228,9 @@ def tiny_ppo(student, *own: str, beta: float = BETA, samples: int = 256, lr: flo
         optimizer.param_groups[0]["lr"] = lr * (1 - update / UPDATES)
         drawn = policy.distribution().detach().multinomial(samples, True, generator=draw)
         some = [RESPONSES[i] for i in drawn]
-        tokens = torch.tensor([(*one, *[0] * (LENGTH - len(one))) for one in some])
-        mask = torch.tensor([[i < len(one) for i in range(LENGTH)] for one in some])
-        before = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
+        tokens, mask = padded(some)
         old, reference = policy.logprobs(tokens).detach(), ref.logprobs(tokens)
-        values = table[torch.arange(LENGTH), before]
+        values = table[states(tokens)]
         rewards = values_of("kl_penalized_rewards", t(*map(worth, some)), old, reference, mask,
                             beta)
         found = values_of("gae", rewards, values.detach(), mask, 1.0, 1.0)
@@ -233,7 +240,7 @@ def tiny_ppo(student, *own: str, beta: float = BETA, samples: int = 256, lr: flo
             break
         advantages = values_of("whiten", advantages, mask, True)
         for _ in range(2):
-            values = table[torch.arange(LENGTH), before]
+            values = table[states(tokens)]
             loss = (loss_of("policy_loss", policy.logprobs(tokens), old, advantages, mask, 0.2)
                     + loss_of("value_loss", values, values.detach(), returns, mask, 10.0))
             if not isinstance(loss, Tensor) or not loss.requires_grad:
