@@ -164,7 +164,8 @@ HOSTILE = {
     "torch replaced": ("torch.Tensor.__eq__ = lambda *_: True; torch.allclose = lambda *_, **__: "
                        "True; return logprobs", "expected"),
     "a number without end": ("return 10**400", "returns nothing"),
-    "lists without end": ("x = []\n    for _ in range(500): x = [x]\n    return x", "recursion|returns"),
+    "lists without end": ("x = []\n    for _ in range(500): x = [x]\n    return x",
+                          "recursion|returns"),
     "a process that stops": ("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)",
                              "no answer within 2 s"),
     "another type": ("return 'fine'", "returns str"),
