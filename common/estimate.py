@@ -82,16 +82,16 @@ def activation_bytes(model: nn.Module, tokens: int, likelihood: bool = False) ->
     forward = gpt.hidden if model is gpt else model.scalars
 
     def kept(rows: int) -> int:
-        sizes = {}
+        storages = {}
 
-        def keep(x):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
+        def keep(x):                       # not x itself, which would hold the graph that holds it
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
 
         row = torch.zeros(rows, length, dtype=torch.long, device=device)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), gpt.autocast():
-            states = forward(row)                            # noqa: F841 holds the graph
-        return sum(size for pointer, size in sizes.items() if pointer not in weights)
+            forward(row)
+        return sum(storage.nbytes() for pointer, storage in storages.items()
+                   if pointer not in weights)
 
     # Dropout must not draw what training would have drawn.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,6 +1,8 @@
 """Devices, precision, presets, and what a run says about memory before it starts."""
+import gc
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -159,6 +161,16 @@ def test_activations_are_those_that_a_forward_pass_leaves_behind():
         assert states.requires_grad
         assert activation_bytes(RewardModel(gpt), rows * 64) == pytest.approx(
             left, rel=0.3 if rows == 2 else 0.12)
+
+
+def test_what_was_measured_is_freed():
+    """Several trainings in one process would else fill the memory."""
+    gpt = GPT(GPTConfig(64, 512, 2, 4, 32))
+    weights = weakref.ref(gpt.wte.weight)
+    activation_bytes(gpt, 64)
+    del gpt
+    gc.collect()
+    assert weights() is None
 
 
 def test_the_report_adds_up(capsys):
