@@ -77,11 +77,23 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """proj(softmax(q·kᵀ/√D)·v), (B, T, C); the softmax of token t runs over what it sees."""
+        if q.shape[2] == 1:
+            return self.proj(attend_once(q, k, v, mask).transpose(1, 2).flatten(2))
         if k.shape[1] < q.shape[1]:             # each key-value head serves a group of query heads
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        causal = mask is None and q.shape[2] > 1        # one new token sees all before it
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).flatten(2))                      # (B, T, C)
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ/√D)·v of a decoding step's one query, q (B, H, 1, D) → the same; k and v
+    (B, G, S, D), mask as in `Attention`. For one query two plain products take less than half of
+    the time of the library's kernel, given keys and values as `KVCache` keeps them."""
+    grouped = q.reshape(len(q), k.shape[1], -1, q.shape[-1])                # (B, G, H/G, D)
+    scores = grouped @ k.mT / math.sqrt(q.shape[-1])                        # (B, G, H/G, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return (v.mT @ scores.softmax(-1).mT).mT.reshape(q.shape)
 
 
 class Block(nn.Module):
@@ -448,15 +460,17 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of all tokens so far, (L, B, G, S_max, D) each, written in place: generation
-    1.1 to 1.2 times faster than with tensors that grow."""
+    """Keys and values of all tokens so far, (L, B, G, S_max, D) each, written in place.
+
+    In memory D comes before S: see `attend_once`.
+    """
 
     def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
         kind = like.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         width = config.n_embd // config.n_head
-        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, size, width)
-        self.keys, self.values = (like.new_empty(shape, dtype=dtype) for _ in range(2))
+        shape = (config.n_layer, batch, config.n_kv_head or config.n_head, width, size)
+        self.keys, self.values = (like.new_empty(shape, dtype=dtype).mT for _ in range(2))
         self.length = 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -464,6 +478,8 @@ class KVCache:
         end = self.length + key.shape[2]
         self.keys[layer, :, :, self.length:end] = key
         self.values[layer, :, :, self.length:end] = value
+        if self.length == 0:
+            return key, value                # in the order in which many queries read them faster
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def take(self, rows: Tensor) -> None:
@@ -475,8 +491,8 @@ class KVCache:
         old = self.keys, self.values
         places = torch.arange(len(rows), device=rows.device)
         if len(rows) > old[0].shape[1]:
-            shape = (old[0].shape[0], len(rows), *old[0].shape[2:])
-            self.keys, self.values = (x.new_empty(shape) for x in old)
+            L, _, G, S, D = old[0].shape
+            self.keys, self.values = (x.new_empty(L, len(rows), G, D, S).mT for x in old)
             moved = places
         else:
             self.keys, self.values = (x[:, :len(rows)] for x in old)

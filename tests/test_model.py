@@ -11,7 +11,8 @@ import model as model_module
 from common.checkpoint import load_gpt, load_reward_model, new_gpt, save_checkpoint
 from common.errors import InputError
 from data.batches import Prompt
-from model import GPT, GPTConfig, KVCache, RewardModel, before, sample_token, stream
+from model import (GPT, GPTConfig, KVCache, RewardModel, attend_once, before, sample_token,
+                   stream)
 from rollout import respond
 
 V = 23                                                        # vocabulary of the small model
@@ -403,6 +404,29 @@ def test_dropout_is_off_while_generating_and_the_mode_comes_back():
     next(steps)
     steps.close()                                               # a reader who has seen enough
     assert all(module.training for module in gpt.modules())
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query(heads, kv_heads, masked):
+    """By its definition, head by head: head h reads key-value head h // (H/G); what the mask hides
+    has no weight. Keys and values in either order in memory."""
+    torch.manual_seed(heads)
+    q = torch.randn(2, heads, 1, 5, dtype=torch.double)
+    k, v = torch.randn(2, 2, kv_heads, 7, 5, dtype=torch.double)
+    visible = torch.ones(2, 7, dtype=torch.bool)
+    if masked:
+        visible[0, :3] = visible[1, 2:6] = False
+    expected = torch.zeros_like(q)
+    for b in range(2):
+        for h in range(heads):
+            g = h * kv_heads // heads
+            weights = [math.exp(q[b, h, 0] @ k[b, g, s] / math.sqrt(5)) * float(visible[b, s])
+                       for s in range(7)]
+            expected[b, h, 0] = sum(w * v[b, g, s] for s, w in enumerate(weights)) / sum(weights)
+    mask = visible[:, None, None] if masked else None
+    close(attend_once(q, k, v, mask), expected, 1e-12)
+    close(attend_once(q, k.mT.contiguous().mT, v.mT.contiguous().mT, mask), expected, 1e-12)
 
 
 def test_stream_is_generate_step_by_step(gpt):
