@@ -460,27 +460,25 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of all tokens so far, (L, B, G, S_max, D) each, written in place.
-
-    In memory D comes before S: see `attend_once`.
-    """
+    """Keys and values of all tokens so far, written in place: (L, B, G, D, S_max) each, so that
+    `attend_once` reads along S."""
 
     def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
         kind = like.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         width = config.n_embd // config.n_head
         shape = (config.n_layer, batch, config.n_kv_head or config.n_head, width, size)
-        self.keys, self.values = (like.new_empty(shape, dtype=dtype).mT for _ in range(2))
+        self.keys, self.values = (like.new_empty(shape, dtype=dtype) for _ in range(2))
         self.length = 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, G, T, D) behind what is there; return all of it, (B, G, S, D)."""
         end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length:end] = key
-        self.values[layer, :, :, self.length:end] = value
+        self.keys[layer, ..., self.length:end] = key.mT
+        self.values[layer, ..., self.length:end] = value.mT
         if self.length == 0:
             return key, value                # in the order in which many queries read them faster
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return self.keys[layer, ..., :end].mT, self.values[layer, ..., :end].mT
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows (indices): fewer where some have finished, or one several times.
@@ -491,14 +489,14 @@ class KVCache:
         old = self.keys, self.values
         places = torch.arange(len(rows), device=rows.device)
         if len(rows) > old[0].shape[1]:
-            L, _, G, S, D = old[0].shape
-            self.keys, self.values = (x.new_empty(L, len(rows), G, D, S).mT for x in old)
+            shape = (old[0].shape[0], len(rows), *old[0].shape[2:])
+            self.keys, self.values = (x.new_empty(shape) for x in old)
             moved = places
         else:
             self.keys, self.values = (x[:, :len(rows)] for x in old)
             moved = (rows != places).nonzero()[:, 0]
         for new, x in zip((self.keys, self.values), old):
-            new[:, moved, :, :self.length] = x[:, rows[moved], :, :self.length]
+            new[:, moved, ..., :self.length] = x[:, rows[moved], ..., :self.length]
 
 
 def left_padded(prompts: list[list[int]], device) -> tuple[Tensor, Tensor, Tensor]:

@@ -160,10 +160,10 @@ class GrowingCache(KVCache):
 
     def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
         super().__init__(config, batch, 0, like)
-        self.layers = [(keys.mT, values.mT) for keys, values in zip(self.keys, self.values)]
+        self.layers = list(zip(self.keys, self.values))                # (B, G, D, 0) each
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        both = zip(self.layers[layer], (key, value))         # (B, G, D, S), (B, G, T, D) each
+        both = zip(self.layers[layer], (key, value))
         self.layers[layer] = tuple(torch.cat([old, new.mT], 3) for old, new in both)
         return tuple(x.mT for x in self.layers[layer])
 
@@ -177,11 +177,11 @@ def attend_by_library(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
 
 
 class PlainCache(KVCache):
-    """The cache with keys and values in the library's order."""
+    """The cache in the library's order, (L, B, G, S_max, D)."""
 
     def __init__(self, config: GPTConfig, batch: int, size: int, like: Tensor):
         super().__init__(config, batch, size, like)
-        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+        self.keys, self.values = (x.mT.contiguous().mT for x in (self.keys, self.values))
 
 
 def take_by_copy(self: KVCache, rows: Tensor) -> None:
