@@ -45,7 +45,8 @@ def respond(model: GPT, prompts: list[Prompt], tokenizer: Tokenizer, max_new_tok
     bar if it has a title. seed: of the random numbers that choose the tokens. batch_size: prompts
     at once; 0: as `rows_at_once`. stop: the id that ends a response; None: the chat's end token.
     sampling: as `GPT.generate`."""
-    batch_size = batch_size or rows_at_once(model)
+    # Some hundred make two batches, so that the shorter ones are not padded to the longest.
+    batch_size = batch_size or min(rows_at_once(model), max(256, -(-len(prompts) // 2)))
     stop = tokenizer.end if stop is None else stop
     responses: list[Response] = [None] * len(prompts)
     sampling["generator"] = torch.Generator(model.wte.weight.device).manual_seed(seed)

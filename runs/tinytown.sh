@@ -21,14 +21,14 @@ reward_model() {
     train "$OUT/rm" train_rm.py --preset tinytown --init "$OUT/sft" \
         --data "$OUT/rank/rankings.jsonl" --val "$OUT/rank_val/rankings.jsonl" \
         --clean "$OUT/rank_val/clean.jsonl" --demonstrations "$OUT/data/sft_val.jsonl"
+    # what the data is like
+    $PYTHON -m data.tinytown.specification --run "$OUT" --seed "$SEED"
 }
-#    beside it preferences without RL, which four sevenths of the rankings are enough for; and what
-#    the data is like
+#    beside it preferences without RL, which four sevenths of the rankings are enough for
 preferences() {
     head -n 4000 "$OUT/rank/rankings.jsonl" > "$OUT/rank/some.jsonl"
     train "$OUT/dpo" train_dpo.py --preset tinytown --init "$OUT/sft" \
         --data "$OUT/rank/some.jsonl" --val "$OUT/rank_val/rankings.jsonl"
-    $PYTHON -m data.tinytown.specification --run "$OUT" --seed "$SEED"
 }
 two_lanes reward_model preferences
 # 3  RLHF; beside it without KL penalty and pretraining mix, in larger and more steps, so that
