@@ -1,5 +1,5 @@
-"""Every comparison, one process after the other; writes bench/results.json and bench/RESULTS.md and
-prints the table.
+"""Every comparison, one process after the other; writes bench/results.json, bench/RESULTS.md and
+bench/growth.png and prints the table.
 
     python -m bench.run                          all, about half an hour on two cores: `make bench`
     python -m bench.run --only kernel training   these again; the other rows stay as they were
@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 from bench.compare import machine, matmul_rate
+from bench.scaling import growth_plot
+from data.tinytown.report import load_pyplot, save_plot
 
 FOLDER = Path(__file__).parent
 TRL_WITH_PPO = FOLDER.parent / ".venv" / "trl-1.12"            # made by `make bench`
@@ -75,7 +77,8 @@ def markdown(results: dict) -> str:
     lines += [f"| {row['piece']} | {row['ratio']:.2f}× "
               f"[{row['range'][0]:.2f} … {row['range'][1]:.2f}] |"
               for row in results["tricks"] if row["ratio"]]
-    lines += ["", "## How a training step grows", "",
+    lines += ["", "## How a training step grows", "", "![µs a token over context and rows, ms a "
+              "ranking over K](growth.png)", "",
               "Forward, backward and AdamW, fp32. With K: the reward model on rankings, prompt and "
               "response half of the tokens each, packed. FLOP utilisation: against the matrix "
               "product in the same process. Memory: the whole process.", "",
@@ -114,6 +117,8 @@ def main() -> None:
                    "pieces": pieces}
         path.write_text(json.dumps(results, indent=1) + "\n")
         (FOLDER / "RESULTS.md").write_text(markdown(results))
+    if results["scaling"] and (pyplot := load_pyplot()):
+        save_plot(growth_plot(pyplot, results["scaling"]), FOLDER / "growth.png")
     print((FOLDER / "RESULTS.md").read_text())
 
 

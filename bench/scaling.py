@@ -24,7 +24,7 @@ from train_rm import ranking_loss, ranking_rewards
 
 BASE = dict(size="0.86 M", rows=16, length=128)
 CASES = ([dict(BASE)] + [dict(BASE, size="30 M", rows=4)] + [dict(BASE, size="124 M", rows=4)]
-         + [dict(BASE, length=length) for length in (32, 64, 256)]
+         + [dict(BASE, length=length) for length in (32, 64, 256, 512, 1024)]
          + [dict(BASE, rows=rows) for rows in (1, 4, 64)]
          + [dict(BASE, K=K, rows=4) for K in (2, 4, 9)])
 
@@ -62,8 +62,8 @@ def one(case: dict) -> None:
     process."""
     torch.manual_seed(0)
     layers, heads, width, vocabulary, context = SIZES[case["size"]]
-    model = GPT(GPTConfig(context, vocabulary, layers, heads, width))
     K, rows, length = case.get("K", 0), case["rows"], case["length"]
+    model = GPT(GPTConfig(max(context, length), vocabulary, layers, heads, width))
     if K:
         model = RewardModel(model)
         loss, tokens = rankings(rows, length, K)
@@ -85,6 +85,32 @@ def one(case: dict) -> None:
     print(json.dumps({**case, "tokens": tokens, "seconds": round(seconds, 4),
                       "tokens_per_second": round(tokens / seconds), "flop_utilisation": share,
                       "peak_MiB": round(resident("VmHWM"))}))
+
+
+def growth_plot(pyplot, cases: list[dict]):
+    """Cost of a token over context and over rows, and of a ranking over K."""
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8),
+                                                    constrained_layout=True)
+    for axis, name, title in ((left, "length", "tokens a row, 16 rows"),
+                              (middle, "rows", "rows of 128 tokens")):
+        other = "rows" if name == "length" else "length"
+        points = sorted((case[name], 1e6 * case["seconds"] / case["tokens"]) for case in cases
+                        if case["size"] == BASE["size"] and not case.get("K")
+                        and case[other] == BASE[other])
+        axis.plot(*zip(*points), marker="o")
+        axis.set(title="a training step, 0.86 M, per token", xlabel=title, ylabel="µs a token",
+                 xscale="log", ylim=(0, None))
+        axis.set_xticks([x for x, _ in points], [str(x) for x, _ in points])
+    cost = {case["K"]: 1e3 * case["seconds"] / case["rows"] for case in cases if case.get("K")}
+    right.plot(*zip(*sorted(cost.items())), marker="o", label="in one row")
+    pair = cost[min(cost)]                            # K = 2: one pair
+    right.plot(sorted(cost), [pair * K * (K - 1) / 2 for K in sorted(cost)], linestyle="--",
+               label="as K(K − 1)/2 pairs, each as long as the one at K = 2")
+    right.set(title="the reward model, per ranking", xlabel="K", ylabel="ms", ylim=(0, None))
+    right.legend(fontsize=8)
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.3)
+    return figure
 
 
 def main() -> None:

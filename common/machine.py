@@ -1,4 +1,6 @@
 """Where and in which precision a run computes, and how much memory there is."""
+import contextlib
+import ctypes
 import os
 import sys
 from typing import NamedTuple
@@ -84,6 +86,14 @@ def best_dtype(device: torch.device) -> torch.dtype:
         if torch.cpu.get_capabilities().get("amx_bf16", False):
             return torch.bfloat16
     return torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what a step frees for the next one; asking the system anew for every
+    large tensor costs 4 to 14 % of the time on a CPU. Elsewhere this does nothing."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        for parameter in (-1, -3):                          # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 2 ** 30)
 
 
 def available(device: torch.device) -> float:

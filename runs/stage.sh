@@ -2,9 +2,6 @@
 PYTHON=${PYTHON:-python}
 SEED=${SEED:-1}
 OUT=${OUT:-out/tinytown}
-# glibc's malloc keeps this much memory that was freed: asking the system anew costs a tenth of the
-# time.
-export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-$(( 2 ** 29 ))}
 
 # train FOLDER SCRIPT FLAGS: a stage; one that Ctrl-C stopped in that folder goes on, a finished one
 # is replaced
