@@ -48,6 +48,8 @@ def find_machine(config) -> Machine:
                          f"cpu") from error
     if config.dtype not in ("auto", *PRECISIONS):
         raise InputError(f"--dtype {config.dtype}: expected auto, float32, bfloat16 or float16")
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = PRECISIONS.get(config.dtype) or best_dtype(device)
     if getattr(config, "shard", False):
         check_shard(config, dtype)

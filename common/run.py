@@ -25,7 +25,7 @@ from common.errors import InputError
 from common.estimate import gpt_of, most_tokens, report_memory
 from common.files import write_json, write_text  # noqa: F401
 from common.log import Log
-from common.machine import find_machine, keep_freed_memory
+from common.machine import find_machine
 from common.optimizer import adamw, learning_rate, take_step  # noqa: F401
 from common.parallel import all_gather, all_reduce, place, rank, share, unsharded, world
 from common.resume import Resume, stage
@@ -38,7 +38,6 @@ def start(config, limits: dict[str, tuple] = {}, needed: dict[str, str] = {}) ->
     limits: field → (lowest, highest). needed: field → what to name there. Raises InputError.
     """
     check_flags(config, limits, needed)
-    keep_freed_memory()
     torch.manual_seed(config.seed)
     run = Run(config)
     print(*(f"{name}={value}" for name, value in asdict(config).items()), file=sys.stderr)
