@@ -21,7 +21,9 @@ TRL_WITH_PPO = FOLDER.parent / ".venv" / "trl-1.12"            # made by `make b
 PIECES = {"generation": ["bench.generation"], "training": ["bench.training"],
           "trainers": ["bench.trainers"], "rankings": ["bench.rankings"],
           "ppo": ["bench.trainers", "--ppo"], "kernel": ["bench.kernel"],
-          "tricks": ["bench.tricks"], "scaling": ["bench.scaling"]}
+          "tricks": ["bench.tricks"], "scaling": ["bench.scaling"],
+          "profile": ["bench.profile"]}
+TABLES = ("tricks", "scaling", "profile")                   # pieces with tables of their own
 
 
 def measure(name: str) -> list[dict]:
@@ -90,6 +92,17 @@ def markdown(results: dict) -> str:
         lines.append(f"| {case['size']} | {case['rows']} | {case['length']} | {case.get('K', '')} "
                      f"| {case['seconds']} | {case['tokens_per_second']:,} | {share} "
                      f"| {case['peak_MiB']:,} |")
+    lines += ["", "## Where the time goes", "",
+              "Milliseconds of a step inside each group's kernels, and the least that this machine "
+              "could need (bench/profile.py says how that is reckoned).", "",
+              "| step | whole | products | attention | moving | rest |", "|---|---|---|---|---|---|"]
+    steps: dict[str, list[dict]] = {}
+    for case in results["profile"]:
+        steps.setdefault(case["piece"], []).append(case)
+    for piece, groups in steps.items():
+        cells = [f"{case['group_ms']}" + (f" (floor {case['floor_ms']})" if case["floor_ms"]
+                                          else "") for case in groups]
+        lines.append(f"| {piece} | {groups[0]['ms']} | " + " | ".join(cells) + " |")
     gpu = FOLDER / "GPU.md"
     lines += ["", "## On a GPU", "", gpu.read_text() if gpu.exists() else
               "Not measured: no GPU was at hand. "
@@ -108,12 +121,13 @@ def main() -> None:
         start = time.time()
         pieces[name] = measure(name)
         print(f"{name}: {time.time() - start:.0f} s", file=sys.stderr)
-        rows = [row for name in PIECES if name not in ("tricks", "scaling")
+        rows = [row for name in PIECES if name not in TABLES
                 for row in pieces.get(name, [])]
         results = {"date": time.strftime("%Y-%m-%d"), "command": "make bench",
                    "machine": {**machine(), "matmul_gflops": round(matmul_rate() / 1e9)},
                    "rows": rows, "tricks": pieces.get("tricks", []),
                    "scaling": [row["scaling"] for row in pieces.get("scaling", [])],
+                   "profile": [row["profile"] for row in pieces.get("profile", [])],
                    "pieces": pieces}
         path.write_text(json.dumps(results, indent=1) + "\n")
         (FOLDER / "RESULTS.md").write_text(markdown(results))
