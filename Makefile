@@ -1,4 +1,4 @@
-# make run     the whole line on Tinytown, five to nine minutes on two CPU cores;
+# make run     the whole line on Tinytown, about five minutes on two CPU cores (old ones: eight);
 #              SEED=2 OUT=out/tinytown-2 for another seed
 # make seeds   every claim on four seeds, with a larger base beside, about an hour
 # make lectures  after make run: every other method, over-optimisation, data that models select,

@@ -95,7 +95,8 @@ def markdown(results: dict) -> str:
     lines += ["", "## Where the time goes", "",
               "Milliseconds of a step inside each group's kernels, and the least that this machine "
               "could need (bench/profile.py says how that is reckoned).", "",
-              "| step | whole | products | attention | moving | rest |", "|---|---|---|---|---|---|"]
+              "| step | whole | products | attention | moving | rest |",
+              "|---|---|---|---|---|---|"]
     steps: dict[str, list[dict]] = {}
     for case in results["profile"]:
         steps.setdefault(case["piece"], []).append(case)

@@ -104,7 +104,8 @@ def growth_plot(pyplot, cases: list[dict]):
     cost = {case["K"]: 1e3 * case["seconds"] / case["rows"] for case in cases if case.get("K")}
     right.plot(*zip(*sorted(cost.items())), marker="o", label="in one row")
     pair = cost[min(cost)]                            # K = 2: one pair
-    right.plot(sorted(cost), [pair * K * (K - 1) / 2 for K in sorted(cost)], linestyle="--",
+    Ks = range(min(cost), max(cost) + 1)
+    right.plot(Ks, [pair * K * (K - 1) / 2 for K in Ks], linestyle="--",
                label="as K(K − 1)/2 pairs, each as long as the one at K = 2")
     right.set(title="the reward model, per ranking", xlabel="K", ylabel="ms", ylim=(0, None))
     right.legend(fontsize=8)

@@ -6,6 +6,8 @@ DPO on pairs, and PPO.
 
 Model: 4 layers, 4 heads, width 128, Tinytown's vocabulary. Ours is timed over all of `train()`,
 reading and saving included; TRL over `trainer.train()` alone, its data tokenized beforehand.
+Memory is as malloc gives it for both: what our scripts ask of it would help TRL as well, as both
+run in one process.
 """
 import argparse
 import contextlib
@@ -27,7 +29,9 @@ import train_sft
 from bench.compare import emit, interleave, row
 from bench.trainers_data import (CONTEXT, HEADS, LAYERS, PROMPT, RESPONSE, TOKENIZER, WIDTH,
                                  checkpoints, written)
+from common import machine
 
+machine.keep_freed_memory = lambda: None
 BATCH, STEPS, ROUNDS = 16, 32, 4
 EPISODES, PPO_STEPS, PPO_RESPONSE = 64, 4, 32
 

@@ -25,9 +25,10 @@ def find_machine(config) -> Machine:
     """Device and precision of `config.device` and `config.dtype`.
 
     Device "auto" is CUDA, then Apple's MPS, then the CPU; a device that is named is the only one
-    asked whether it is there. dtype "auto" is bf16 where that is faster (CUDA since Ampere, CPUs
-    with AMX; AVX-512 BF16 alone takes 1.5 to 2 times as long as fp32, emulation a hundred times),
-    fp16 on older CUDA, else fp32. Raises InputError.
+    asked whether it is there. dtype "auto" is bf16 where that is surely faster (CUDA since Ampere,
+    CPUs with AMX), fp16 on older CUDA, else fp32: with AVX-512 BF16 alone Intel's CPUs take 1.5 to
+    2 times as long as in fp32, AMD's half as long for wide models; without it bf16 is emulated, a
+    hundred times slower. Raises InputError.
     """
     name, alone = config.device, parallel.world() == 1
     if name == "auto":
@@ -91,8 +92,9 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what a step frees for the next one; asking the system anew for every
-    large tensor costs 4 to 14 % of the time on a CPU. Elsewhere this does nothing."""
+    """Have glibc's malloc keep what a step frees for the next one, instead of asking the system
+    anew for every large tensor: sampling 1,024 rows takes a seventh less time on a CPU, a training
+    step of PPO 4 % less. Elsewhere this does nothing."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         for parameter in (-1, -3):                          # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, 2 ** 30)
