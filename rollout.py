@@ -43,9 +43,9 @@ def respond(model: GPT, prompts: list[Prompt], tokenizer: Tokenizer, max_new_tok
             **sampling) -> list[Response]:
     """A response to each of any number of prompts, in batches of similar length, with a progress
     bar if it has a title. seed: of the random numbers that choose the tokens. batch_size: prompts
-    at once; 0: as `rows_at_once`. stop: the id that ends a response; None: the chat's end token.
+    at once; 0: up to `rows_at_once`. stop: the id that ends a response; None: the chat's end token.
     sampling: as `GPT.generate`."""
-    # Some hundred make two batches, so that the shorter ones are not padded to the longest.
+    # Two batches, so that shorter prompts are not padded to the longest.
     batch_size = batch_size or min(rows_at_once(model), max(256, -(-len(prompts) // 2)))
     stop = tokenizer.end if stop is None else stop
     responses: list[Response] = [None] * len(prompts)

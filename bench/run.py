@@ -1,7 +1,7 @@
 """Every comparison, one process after the other; writes bench/results.json, bench/RESULTS.md and
 bench/growth.png and prints the table.
 
-    python -m bench.run                          all, about half an hour on two cores: `make bench`
+    python -m bench.run                          all, twenty minutes on two cores: `make bench`
     python -m bench.run --only kernel training   these again; the other rows stay as they were
 """
 import argparse
