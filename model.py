@@ -88,8 +88,9 @@ class Attention(nn.Module):
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q·kᵀ/√D)·v of a decoding step's one query, q (B, H, 1, D) → the same; k and v
-    (B, G, S, D), mask as in `Attention`. For one query two plain products take less than half of
-    the time of the library's kernel, given keys and values as `KVCache` keeps them."""
+    (B, G, S, D), mask as in `Attention`. For one query two plain products are a little faster than
+    the library's kernel, given keys and values as `KVCache` keeps them, and need no copies of keys
+    and values where query heads share them."""
     grouped = q.reshape(len(q), k.shape[1], -1, q.shape[-1])                # (B, G, H/G, D)
     scores = grouped @ k.mT / math.sqrt(q.shape[-1])                        # (B, G, H/G, S)
     if mask is not None:
