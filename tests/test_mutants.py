@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import test_equations as equations
 import test_machine as machine
+import test_model
 import torch
 from torch import Tensor
 
@@ -246,6 +247,14 @@ MUTANTS = [
      equations.test_no_tensor_over_all_tokens_and_the_vocabulary_is_built),
 
     # model.py
+    (model, "attend_once", "scores not divided by √D", Edit(" / math.sqrt(q.shape[-1])", ""),
+     partial(test_model.test_attention_of_one_query, 4, 2, True)),
+    (model, "attend_once", "the mask turned round", Edit("(~mask, ", "(mask, "),
+     partial(test_model.test_attention_of_one_query, 4, 2, True)),
+    (model, "attend_once", "query heads dealt out in turn",
+     Edit("q.reshape(len(q), k.shape[1], -1, q.shape[-1])",
+          "q.reshape(len(q), -1, k.shape[1], q.shape[-1]).transpose(1, 2)"),
+     partial(test_model.test_attention_of_one_query, 4, 2, False)),
     (model, "before", "log-probabilities not shifted", the_places_themselves,
      equations.test_log_probabilities_are_read_before_the_token,
      one_row_for_all),
